@@ -1,0 +1,204 @@
+"""The whole of SPCT with a small decoder, on any preference file: sample, reject, fine-tune, GRPO, meta-RM, vote, report.
+
+    python -m spct_jax.main --config=configs/spct_small.py --workdir=/tmp/spct            # about 15 min on 2 CPU cores
+    python -m spct_jax.main --config=configs/spct_small.py:smoke --workdir=/tmp/smoke     # under a minute
+
+Choices after the colon:
+
+    smoke              everything small: a few items, steps and tokens
+    data=NAME          builtin (carried by the package), plain, hh_rlhf, gsm8k_single, gsm8k_list, judgebench
+    path=FILE          the preference file, for every data but builtin
+    tokenizer=FOLDER   a Hugging Face tokenizer folder; the package's own small one by default
+    seed=N
+
+The decoder starts from random weights, so what it writes does not parse and no accuracy beats chance: this page
+shows that the method runs, on your data, on your mesh. Expected: parse failure 100 %, every accuracy 0.
+"""
+
+from ml_collections import ConfigDict
+
+from spct_jax import choices
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+  choice = choices.parse(
+      arg, smoke=False, data='builtin', path='', tokenizer='builtin:small', seed=0
+  )
+  if (choice['data'] == 'builtin') == bool(choice['path']):
+    raise ValueError(
+        f"data={choice['data']} with path={choice['path']!r}: give path=FILE for every data but builtin, "
+        'and none for builtin'
+    )
+  smoke = choice['smoke']
+
+  config = ConfigDict()
+  config.stage = 'pipeline'  # sft, sample, rft, grpo, meta_rm, evaluate, or pipeline: all of pipeline.stages
+  config.seed = choice['seed']  # the one seed; folded with stage, visit, uid and sample
+  config.strict = False  # an unusable item is an error instead of a counted, named skip
+
+  config.pipeline = ConfigDict()
+  config.pipeline.stages = ('sft', 'sample', 'rft', 'grpo', 'meta_rm', 'evaluate')
+
+  config.tokenizer = ConfigDict()
+  config.tokenizer.path = choice['tokenizer']  # folder with tokenizer.json (or vocab and merges), or builtin:small
+
+  config.data = ConfigDict()
+  config.data.path = choice['path'] or 'builtin:preferences'  # preference file, JSONL or JSONL.gz
+  config.data.reader = 'auto' if choice['data'] == 'builtin' else choice['data']  # row format; auto: by its columns
+  config.data.limit = 40 if smoke else 512  # items read at most; 0 = all
+  config.data.heldout = 0.25  # share of items kept from training; evaluated if eval_path is empty
+  config.data.eval_path = ''  # a file of its own for the evaluation
+  config.data.eval_reader = 'auto'
+  config.data.eval_limit = 6 if smoke else 128  # items evaluated at most; 0 = all
+  config.data.instructions = 'builtin:instructions'  # general instruction data, for sft and for RFT's mix
+
+  config.model = ConfigDict()
+  config.model.path = ''  # a Hugging Face folder; empty: random weights of the shape below
+  config.model.width = 32 if smoke else 128  # D
+  config.model.heads = 4  # H, query heads
+  config.model.kv_heads = 2  # M, key/value heads
+  config.model.head_dim = 8 if smoke else 32
+  config.model.ffn = 64 if smoke else 384  # F
+  config.model.head_windows = ()  # blocks before the period; one attention window each, 0 = global
+  config.model.period_windows = (0,)  # the blocks of one period
+  config.model.num_periods = 2 if smoke else 4
+  config.model.remainder_windows = ()  # blocks after the last period
+  config.model.rope_theta = 10_000.0
+  config.model.norm_eps = 1e-6
+  config.model.qkv_bias = False
+  config.model.qk_norm = False
+  config.model.tied = True  # embedding and output matrix are one
+  config.model.vocab_multiple = 128  # the vocabulary is padded to a multiple, so that any mesh divides it
+  config.model.dtype = 'float32'  # of the computation; bfloat16 on accelerators
+  config.model.param_dtype = 'float32'  # of the learner's parameters (the masters)
+  config.model.sampler_dtype = 'float32'  # of the sampler's view of them
+  config.model.remat = False  # recompute activations in the backward pass
+
+  config.judge = ConfigDict()
+  config.judge.template = 'short'  # folder of prompt templates: short, grm (the released models' interface), or a path
+  config.judge.single = 'binary'  # one response is judged 0/1 (paper 4.2) or on the 1..10 'scale'
+  config.judge.given_principles = False  # put an item's own principles into the prompt (Eq 8)
+  config.judge.reference_answer = False  # put an item's reference answer into the prompt
+  config.judge.buckets = (256, 512) if smoke else (256, 512, 1024)  # prompt lengths in tokens; the last is the limit
+  config.judge.max_new_tokens = 16 if smoke else 96  # T
+  config.judge.chunk_prompts = 8 if smoke else 16  # prompt slots (U) of one engine call
+  config.judge.chunk_tasks = 24 if smoke else 64  # samples (Q) of one engine call
+  config.judge.rows = 8 if smoke else 32  # rows (R) that decode together; finished rows are refilled
+
+  config.sft = _training(steps=4 if smoke else 100, batch=8, lr=1e-3, every=2 if smoke else 25)
+  config.sft.init = 'base'  # base: config.model; or the name of a stage that wrote a checkpoint
+  config.sft.buckets = (256, 512)  # row lengths in tokens, prompt and answer
+
+  config.sample = ConfigDict()
+  config.sample.model = 'sft'
+  config.sample.samples = 3  # N_RFT (paper 2.3)
+  config.sample.hinted_samples = 1  # samples with the hint; 0 switches hinted sampling off
+  config.sample.hinted_items = 'all'  # all, or unsolved: only where no plain sample was right
+  config.sample.orders = 'shuffle'  # shuffle: an order per sample; balanced; fixed
+  config.sample.temperature = 1.0
+  config.sample.top_p = 1.0
+  config.sample.top_k = 0  # 0 = off
+  config.sample.min_p = 0.0
+
+  config.rft = _training(steps=4 if smoke else 100, batch=8, lr=5e-4, every=2 if smoke else 25)
+  config.rft.init = 'sft'
+  config.rft.buckets = (512,) if smoke else (512, 1152)
+  config.rft.general_fraction = 0.852  # share of general instruction rows in the mix (paper section 3)
+  config.rft.drop_too_easy = True  # drop an item's plain samples when all of them are right (paper 2.3)
+  config.rft.keep_hint = False  # train hinted samples on the hinted prompt (the paper is silent: off)
+
+  config.grpo = _training(steps=2 if smoke else 40, batch=4, lr=1e-4, every=1 if smoke else 10)
+  config.grpo.init = 'rft'  # the policy's start and the frozen reference
+  config.grpo.buckets = (544,) if smoke else (512, 1152)
+  config.grpo.group = 4  # G, samples per prompt; grpo.batch counts prompts
+  config.grpo.clip_eps = 0.2  # eps of the clipped surrogate
+  config.grpo.kl_coef = 0.08  # beta (paper: 0.08 for 27B, 0.002 for 16B)
+  config.grpo.advantage_eps = 1e-6  # added to the group's population standard deviation
+  config.grpo.updates = 1  # optimizer steps per rollout (mu)
+  config.grpo.old_logp = 'sampler'  # pi_old: the sampler's log-probabilities, or recomputed by the learner
+  config.grpo.temperature = 1.0
+  config.grpo.top_p = 1.0
+  config.grpo.top_k = 0
+  config.grpo.min_p = 0.0
+
+  config.meta_rm = _training(steps=4 if smoke else 60, batch=8, lr=5e-4, every=2 if smoke else 20)
+  config.meta_rm.init = 'base'  # the backbone; the scalar head is new
+  config.meta_rm.buckets = (544,) if smoke else (512, 1152)
+  config.meta_rm.policy = 'grpo'  # whose trajectories are added to those of the sample stage
+  config.meta_rm.samples = 3  # trajectories per item from the policy
+  config.meta_rm.temperature = 1.0
+  config.meta_rm.top_p = 1.0
+  config.meta_rm.top_k = 0
+  config.meta_rm.min_p = 0.0
+  config.meta_rm.heldout = 0.1  # share of items whose trajectories measure ROC-AUC
+
+  config.evaluate = ConfigDict()
+  config.evaluate.models = ('sft', 'rft', 'grpo')  # rows of the report
+  config.evaluate.benchmark = choice['data']  # the name in the report
+  config.evaluate.samples = 4 if smoke else 32  # the pool that votes are cut from
+  config.evaluate.ks = (1, 2, 4) if smoke else (1, 2, 4, 8, 16, 32)
+  config.evaluate.k_meta = 0  # samples that vote of k; 0: half of k, at least one (paper 2.7)
+  config.evaluate.soft = True  # also guided voting with soft weights (a named departure)
+  config.evaluate.soft_temperature = 1.0  # divides the meta reward before the sigmoid
+  config.evaluate.greedy = True  # also one greedy judgement per item
+  config.evaluate.orders = 'shuffle'
+  config.evaluate.temperature = 0.5  # paper section 3
+  config.evaluate.top_p = 1.0
+  config.evaluate.top_k = 0
+  config.evaluate.min_p = 0.0
+  config.evaluate.single = 'scale'  # one response: the 1..10 scale at test time (paper 4.2), or 'binary'
+  config.evaluate.meta = 'meta_rm'  # the stage whose meta-RM guides votes; empty: plain votes only
+  config.evaluate.meta_batch = 16  # trajectories per call of the meta-RM
+
+  config.mesh = ConfigDict()  # devices per axis; one may be -1: the rest
+  config.mesh.data = -1  # copies of the parameters
+  config.mesh.fsdp = 1  # parameters, gradients and optimizer state cut over these
+  config.mesh.tensor = 1  # heads, feed-forward and vocabulary cut over these
+
+  config.sharding = ConfigDict()
+  config.sharding.rules = _rules()  # (regex on the parameter's path, axes per dimension); the first match wins
+  config.sharding.cache_rules = _cache_rules()  # the same for the sampler's caches, [rows, positions, M, hd]
+
+  config.logging = ConfigDict()
+  config.logging.keep = 2  # checkpoints kept per stage
+  config.logging.tensorboard = True
+  return config
+
+
+def _training(*, steps: int, batch: int, lr: float, every: int) -> ConfigDict:
+  """The fields that every training stage has."""
+  stage = ConfigDict()
+  stage.steps = steps
+  stage.batch = batch  # rows per step, over all devices
+  stage.microbatches = 1  # the batch is cut into these; the result does not change
+  stage.lr = lr  # peak
+  stage.schedule = 'constant'  # after the warm-up: constant, cosine, linear
+  stage.warmup_steps = 2
+  stage.final_lr = 0.0  # where cosine and linear end
+  stage.b1 = 0.9
+  stage.b2 = 0.95
+  stage.eps = 1e-8
+  stage.weight_decay = 0.0  # not on norms and biases
+  stage.clip_norm = 1.0  # of the global gradient; 0 = off
+  stage.checkpoint_every = every  # steps
+  return stage
+
+
+def _rules() -> tuple:
+  """Fully sharded over fsdp, heads / feed-forward / vocabulary over tensor. D over fsdp everywhere."""
+  return (
+      (r'embed/table$', ('tensor', 'fsdp')),  # [V, D]
+      (r'unembed/kernel$', ('fsdp', 'tensor')),  # [D, V]
+      (r'/(q|k|v)/kernel$', ('fsdp', 'tensor', None)),  # [D, H, hd]
+      (r'/(q|k|v)/bias$', ('tensor', None)),  # [H, hd]
+      (r'/o/kernel$', ('tensor', None, 'fsdp')),  # [H, hd, D]
+      (r'/(gate|up)/kernel$', ('fsdp', 'tensor')),  # [D, F]
+      (r'/down/kernel$', ('tensor', 'fsdp')),  # [F, D]
+      (r'reward/kernel$', ('fsdp', None)),  # [D, 1]
+      (r'(scale|reward/bias)$', (None,)),  # norms
+  )
+
+
+def _cache_rules() -> tuple:
+  """Prompt slots and rows over data and fsdp, key/value heads over tensor."""
+  return ((r'/(k|v)$', (('data', 'fsdp'), None, 'tensor', None)),)

@@ -1,0 +1,96 @@
+"""Which rows a batch holds, as a pure function of (seed, step): nothing to save, nothing to resume.
+
+The data is an endless sequence of positions. Position p lies in epoch p // size, and each epoch is
+a permutation of all rows, drawn by Philox keyed with (seed, epoch). Batch `step` holds the
+positions step * batch_size ... (step + 1) * batch_size - 1, so the sequence is the same however it
+is cut into batches. With size = 3 and batches of 2:
+
+    position   0 1 | 2 3 | 4 5
+    epoch      0 0 | 0 1 | 1 1
+    row        b a | c c | a b
+
+The epoch is also the row's `visit`: how often it was seen before, by which sampling draws anew.
+"""
+
+from __future__ import annotations
+
+import fractions
+import functools
+
+import numpy as np
+
+
+def indices(seed: int, step: int, batch_size: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+  """(row int64[batch], visit int32[batch]) of batch `step`."""
+  _check(seed, step, batch_size, (size,))
+  return _rows(seed, 0, _positions(step, batch_size), size)
+
+
+def visits(step: int, batch_size: int, size: int) -> np.ndarray:
+  """int32[batch]: how often each row of batch `step` was seen in earlier epochs."""
+  _check(0, step, batch_size, (size,))
+  return (_positions(step, batch_size) // size).astype(np.int32)
+
+
+def mix(
+  seed: int, step: int, batch_size: int, sizes: tuple[int, int], fraction: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """(source int32[batch], row int64[batch], visit int32[batch]) of batch `step` over two sources.
+
+  Source 1 gets the share `fraction` of the sequence, evenly spread: of its first p positions, for
+  any p, floor(p * fraction) are of source 1. Each source has epochs of its own.
+  """
+  if not 0 <= fraction <= 1:
+    raise ValueError(f'fraction is the share of the second source, from 0 to 1, got {fraction}')
+  share = fractions.Fraction(fraction).limit_denominator(
+    1_000_000
+  )  # in floats, 100 * 0.29 is below 29
+  used = tuple(size for size, part in zip(sizes, (1 - share, share), strict=True) if part > 0)
+  _check(seed, step, batch_size, used)
+  position = _positions(step, batch_size)
+  before = position * share.numerator // share.denominator  # positions of source 1 before this one
+  after = (position + 1) * share.numerator // share.denominator
+  source = (after - before).astype(np.int32)
+  row, visit = np.empty(batch_size, np.int64), np.empty(batch_size, np.int32)
+  for which, ordinal in enumerate((position - before, before)):
+    mine = source == which
+    if mine.any():
+      row[mine], visit[mine] = _rows(seed, which, ordinal[mine], sizes[which])
+  return source, row, visit
+
+
+def _check(seed: int, step: int, batch_size: int, sizes: tuple[int, ...]) -> None:
+  if not 0 <= seed < 2**63 or step < 0 or batch_size < 1:
+    raise ValueError(
+      f'expected seed >= 0, step >= 0 and batch_size >= 1, got seed={seed}, step={step},'
+      f' batch_size={batch_size}'
+    )
+  if min(sizes) < 1:
+    raise ValueError(f'a source without rows cannot fill a batch: sizes {sizes}')
+
+
+def _positions(step: int, batch_size: int) -> np.ndarray:
+  return np.arange(step * batch_size, (step + 1) * batch_size, dtype=np.int64)
+
+
+def _rows(
+  seed: int, source: int, positions: np.ndarray, size: int
+) -> tuple[np.ndarray, np.ndarray]:
+  epoch, offset = positions // size, positions % size
+  row = np.empty(len(positions), np.int64)
+  for number in np.unique(epoch):
+    mine = epoch == number
+    row[mine] = _permutation(seed, source, int(number), size)[offset[mine]]
+  return row, epoch.astype(np.int32)
+
+
+@functools.lru_cache(
+  maxsize=4
+)  # neighbouring steps share an epoch; the value is a constant of its arguments
+def _permutation(seed: int, source: int, epoch: int, size: int) -> np.ndarray:
+  stream = np.random.Philox(key=np.array([seed, epoch], np.uint64), counter=[0, 0, 0, source])
+  order = np.argsort(
+    stream.random_raw(size), kind='stable'
+  )  # raw bits: numpy promises not to change them
+  order.setflags(write=False)
+  return order

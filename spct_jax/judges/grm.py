@@ -1,0 +1,367 @@
+"""The pointwise generative reward model: examples in, judgements out (paper Eq 7, 9; sections 2.6, 4.1).
+
+One verb, `judge`, shared by sampling, GRPO, evaluation and labelling. It has three parts that stages may
+also call one by one, because a long run is resumed between chunks:
+
+    plan(judge, examples, ...)   orders, prompts, token ids, whole chunks   (text -> arrays, gate 1)
+    run(judge, chunk)            the engine draws a chunk, `read` parses it  (arrays -> text, gate 2)
+    judgments(examples, grouped) scores in the example's own order: the shown order is undone here, once
+
+Chunks are composed from the items alone - never from time, hosts or what was done before - so a resumed
+run redoes whole chunks and draws what the uninterrupted run drew. A sample's order and its uniforms are
+keyed by (seed, stage, visit, uid, sample), so they do not depend on the chunk either.
+
+Where we add to the paper: a response whose verdict does not parse is data (`valid` False), never a score.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+from spct_jax import records, types
+from spct_jax.judges import parse, prompts
+from spct_jax.text import chat, encode
+from spct_jax.text.tokenizer import Tokenizer
+
+Generate = Callable[
+    [types.PromptBatch, types.Tasks, tuple[types.TaskInfo, ...]], types.Rollouts
+]
+
+ORDER_RULES = ('shuffle', 'balanced', 'fixed', 'group')
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """How examples become prompts and how the engine samples them; no field has a hidden default.
+
+  orders: 'shuffle' draws an order per sample (the paper's rule), 'balanced' deals the samples over cyclic
+    shifts, 'fixed' keeps the file's order, 'group' draws one order per item and visit (GRPO).
+  single: which prompt a single response gets: 'binary' (0/1, paper 4.2) or 'scale' (1..10, paper 4.1).
+  buckets: ascending prompt lengths in tokens; a chunk is padded to the smallest that holds it and the last
+    one is the limit.
+  chunk_prompts, chunk_tasks: how many distinct prompts and samples the engine takes in one call.
+  """
+
+  template: prompts.Template
+  orders: str
+  single: str
+  given_principles: bool
+  reference_answer: bool
+  buckets: tuple[int, ...]
+  chunk_prompts: int
+  chunk_tasks: int
+  temperature: float
+  top_p: float
+  top_k: int
+  min_p: float
+  seed: int
+
+  def __post_init__(self):
+    if self.orders not in ORDER_RULES:
+      raise ValueError(f'orders: got {self.orders!r}; allowed: {", ".join(ORDER_RULES)}')
+    if self.single not in ('binary', 'scale'):
+      raise ValueError(f"single: got {self.single!r}; allowed: 'binary', 'scale'")
+    if not self.buckets or list(self.buckets) != sorted(set(self.buckets)) or self.buckets[0] < 2:
+      raise ValueError(
+          f'prompt buckets: got {self.buckets}; allowed: ascending, distinct lengths of at least 2 tokens'
+      )
+    if self.chunk_prompts < 1 or self.chunk_tasks < 1:
+      raise ValueError(
+          f'chunk_prompts={self.chunk_prompts}, chunk_tasks={self.chunk_tasks}: both must be at least 1'
+      )
+    if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0 or not 0 <= self.min_p < 1:
+      raise ValueError(
+          f'sampling: got temperature={self.temperature}, top_p={self.top_p}, top_k={self.top_k}, '
+          f'min_p={self.min_p}; allowed: temperature >= 0, 0 < top_p <= 1, top_k >= 0, 0 <= min_p < 1'
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class Judge:
+  """A generative judge: an engine bound to its parameters, the tokenizer, and the settings."""
+
+  generate: Generate
+  tokenizer: Tokenizer
+  settings: Settings
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+  """One sample to draw: which item of the caller's list, which sample of it, and what it reads."""
+
+  item: int
+  info: types.TaskInfo
+  prompt: types.Prompt
+  prompt_ids: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+  """What one call of the engine draws."""
+
+  index: int
+  tasks: tuple[Task, ...]
+  bucket: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """All chunks of a run; `overlong` are the positions of items whose prompt passes the limit."""
+
+  chunks: tuple[Chunk, ...]
+  overlong: tuple[int, ...]
+  stage: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Judged:
+  """grouped[b] holds the K trajectories of item b in sample order (none for an over-long item)."""
+
+  grouped: tuple[tuple[types.Trajectory, ...], ...]
+  judgments: types.Judgments
+  overlong: tuple[int, ...]
+
+
+def prompt_of(
+    example: types.Example, order: Sequence[int], *, settings: Settings, hinted: bool
+) -> types.Prompt:
+  """The judge's prompt for one order of the example's responses; the hint names the shown slot."""
+  single = len(example.responses) == 1 and settings.single == 'binary'
+  return prompts.build(
+      example,
+      tuple(order),
+      settings.template,
+      mode='single' if single else 'pointwise',
+      hint=example.label if hinted else None,
+      principles=example.principles if settings.given_principles else None,
+      reference=example.reference if settings.reference_answer else None,
+  )
+
+
+def prompt_ids(prompt: types.Prompt, tokenizer: Tokenizer) -> tuple[int, ...]:
+  """Gate 1 for one prompt: the user message in the tokenizer's chat template, as token ids."""
+  return tuple(encode.encode(chat.wrap(prompt.spans, tokenizer), tokenizer))
+
+
+def item_orders(
+    example: types.Example, *, settings: Settings, stage: str, visit: int, samples: int
+) -> list[tuple[int, ...]]:
+  """One order per sample (decision 5): shared within the item for 'group', else drawn or dealt."""
+  n = len(example.responses)
+  kind, draws = (
+      ('shuffle', 1) if settings.orders == 'group' else (settings.orders, samples)
+  )
+  drawn = prompts.orders(
+      kind=kind, n=n, samples=draws, seed=settings.seed, stage=stage, visit=visit, uid=example.uid
+  )
+  return drawn * samples if settings.orders == 'group' else drawn
+
+
+def plan(
+    judge: Judge,
+    examples: Sequence[types.Example],
+    *,
+    samples: int,
+    stage: str,
+    visits: Sequence[int] | None = None,
+    hinted: bool = False,
+) -> Plan:
+  """Composes every chunk of a run on the host, before any device works.
+
+  Args:
+    judge: the judge; only its tokenizer and settings are read here.
+    examples: items; a uid may occur twice if its visits differ.
+    samples: K >= 1, samples per item.
+    stage: names the randomness, so two stages never share it.
+    visits: how often each item was visited before; zeros if None.
+    hinted: appends the hint with the gold response (paper 2.3); items without a label are an error.
+  """
+  if samples < 1:
+    raise ValueError(f'samples per item: got {samples}; allowed: at least 1')
+  settings = judge.settings
+  limit = settings.buckets[-1]
+  visits = [0] * len(examples) if visits is None else [int(v) for v in visits]
+  tasks: list[Task] = []
+  overlong: list[int] = []
+  for item, (example, visit) in enumerate(zip(examples, visits, strict=True)):
+    if hinted and example.label is None:
+      raise ValueError(f'item {example.uid!r} has no label, so no hint can name its best response')
+    orders = item_orders(example, settings=settings, stage=stage, visit=visit, samples=samples)
+    built = {}
+    for order in dict.fromkeys(orders):
+      prompt = prompt_of(example, order, settings=settings, hinted=hinted)
+      built[order] = prompt, prompt_ids(prompt, judge.tokenizer)
+    if any(len(ids) > limit for _, ids in built.values()):
+      overlong.append(item)
+      continue
+    for sample, order in enumerate(orders):
+      info = types.TaskInfo(
+          uid=example.uid, sample=sample, visit=visit, order=order, hinted=hinted
+      )
+      tasks.append(Task(item, info, *built[order]))
+  return Plan(tuple(_compose(tasks, settings)), tuple(overlong), stage)
+
+
+def _compose(tasks: Sequence[Task], settings: Settings) -> Iterator[Chunk]:
+  """Cuts the tasks, in order, where the next one would overflow the prompts or the tasks of a chunk."""
+  index, held, seen = 0, [], set()
+  for task in tasks:
+    key = task.item, task.info.order
+    full = len(held) == settings.chunk_tasks
+    if full or (key not in seen and len(seen) == settings.chunk_prompts):
+      yield _chunk(index, held, settings)
+      index, held, seen = index + 1, [], set()
+    held.append(task)
+    seen.add(key)
+  if held:
+    yield _chunk(index, held, settings)
+
+
+def _chunk(index: int, tasks: Sequence[Task], settings: Settings) -> Chunk:
+  longest = max(len(task.prompt_ids) for task in tasks)
+  return Chunk(index, tuple(tasks), next(b for b in settings.buckets if b >= longest))
+
+
+def run(judge: Judge, chunk: Chunk) -> list[types.Trajectory]:
+  """Draws one chunk: prompts and tasks padded to the fixed sizes of the settings, then read back."""
+  settings = judge.settings
+  slots: dict[tuple, int] = {}
+  ids: list[tuple[int, ...]] = []
+  for task in chunk.tasks:
+    key = task.item, task.info.order
+    if key not in slots:
+      slots[key] = len(ids)
+      ids.append(task.prompt_ids)
+  batch = encode.batch(
+      ids, length=chunk.bucket, rows=settings.chunk_prompts, pad_id=judge.tokenizer.pad_id
+  )
+  queue = settings.chunk_tasks
+  fill = lambda values, dtype: np.concatenate([
+      np.asarray(values, dtype), np.zeros((queue - len(values), *np.shape(values)[1:]), dtype)
+  ])
+  constant = lambda value, dtype: np.full(queue, value, dtype)
+  tasks = types.Tasks(
+      prompt=fill([slots[t.item, t.info.order] for t in chunk.tasks], np.int32),
+      uid=fill([records.uid_hash(t.info.uid) for t in chunk.tasks], np.uint32),
+      visit=fill([t.info.visit for t in chunk.tasks], np.int32),
+      sample=fill([t.info.sample for t in chunk.tasks], np.int32),
+      temperature=constant(settings.temperature, np.float32),
+      top_p=constant(settings.top_p, np.float32),
+      top_k=constant(settings.top_k, np.int32),
+      min_p=constant(settings.min_p, np.float32),
+      row_mask=np.arange(queue) < len(chunk.tasks),
+  )
+  rollouts = judge.generate(batch, tasks, tuple(t.info for t in chunk.tasks))
+  return read(chunk.tasks, rollouts, judge.tokenizer)
+
+
+def read(
+    tasks: Sequence[Task], rollouts: types.Rollouts, tokenizer: Tokenizer
+) -> list[types.Trajectory]:
+  """Gate 2: token ids back to text, parsed strictly; a run into the length limit is its own class."""
+  out = []
+  eos = set(tokenizer.eos_ids)
+  for row, task in enumerate(tasks):
+    length = int(np.count_nonzero(rollouts.token_mask[row]))
+    tokens = tuple(int(t) for t in rollouts.tokens[row, :length])
+    ended = bool(tokens) and tokens[-1] in eos
+    text = tokenizer.decode(tokens[:-1] if ended else tokens)
+    n = len(task.info.order)
+    parsed = parse.read(
+        text, n, low=task.prompt.low, high=task.prompt.high, truncated=not ended
+    )
+    out.append(
+        types.Trajectory(
+            uid=task.info.uid,
+            sample=task.info.sample,
+            visit=task.info.visit,
+            order=task.info.order,
+            hinted=task.info.hinted,
+            prompt_ids=task.prompt_ids,
+            token_ids=tokens,
+            logp=tuple(float(p) for p in rollouts.logp[row, :length]),
+            text=text,
+            scores=parsed.scores,
+            parse=parsed.kind,
+        )
+    )
+  return out
+
+
+def judgments(
+    responses: Sequence[int], grouped: Sequence[Sequence[types.Trajectory]]
+) -> types.Judgments:
+  """Stacks trajectories to arrays in the examples' own order of responses.
+
+  Args:
+    responses: how many responses each of the B items has.
+    grouped: the trajectories of each item; K is the longest group, missing ones are invalid.
+
+  Returns:
+    scores int32[B, K, N], valid bool[B, K], response_mask bool[B, N]; `scores[b, k, order[slot]]` is the
+    number that sample k wrote for the response that it saw in that slot.
+  """
+  if len(responses) != len(grouped):
+    raise ValueError(f'{len(responses)} items but {len(grouped)} groups of trajectories')
+  b = len(responses)
+  n = max(responses, default=1)
+  k = max((len(group) for group in grouped), default=0)
+  scores = np.zeros((b, k, n), np.int32)
+  valid = np.zeros((b, k), bool)
+  for i, group in enumerate(grouped):
+    for j, trajectory in enumerate(group):
+      if len(trajectory.order) != responses[i]:
+        raise ValueError(
+            f'item {trajectory.uid!r} has {responses[i]} responses but sample {trajectory.sample} was shown '
+            f'{len(trajectory.order)}: these trajectories belong to other data; sample again'
+        )
+      if trajectory.scores is not None:
+        scores[i, j, list(trajectory.order)] = trajectory.scores
+        valid[i, j] = True
+  response_mask = np.arange(n)[None, :] < np.asarray(responses, np.int64).reshape(-1, 1)
+  return types.Judgments(scores, valid, response_mask)
+
+
+def group(
+    examples: Sequence[types.Example],
+    trajectories: Sequence[types.Trajectory],
+    *,
+    hinted: bool = False,
+) -> list[list[types.Trajectory]]:
+  """Trajectories of each example by uid, in sample order; those of the other hinting are left out."""
+  found: dict[str, list[types.Trajectory]] = {example.uid: [] for example in examples}
+  for trajectory in trajectories:
+    if trajectory.hinted == hinted and trajectory.uid in found:
+      found[trajectory.uid].append(trajectory)
+  return [sorted(found[example.uid], key=lambda t: (t.visit, t.sample)) for example in examples]
+
+
+def judge(
+    judge: Judge,
+    examples: Sequence[types.Example],
+    *,
+    samples: int,
+    stage: str,
+    visits: Sequence[int] | None = None,
+    hinted: bool = False,
+    on_chunk: Callable[[int], None] | None = None,
+) -> Judged:
+  """Judges every example `samples` times; `on_chunk` is told how many samples each chunk drew."""
+  planned = plan(
+      judge, examples, samples=samples, stage=stage, visits=visits, hinted=hinted
+  )
+  grouped: list[list[types.Trajectory]] = [[] for _ in examples]
+  for chunk in planned.chunks:
+    for task, trajectory in zip(chunk.tasks, run(judge, chunk), strict=True):
+      grouped[task.item].append(trajectory)
+    if on_chunk is not None:
+      on_chunk(len(chunk.tasks))
+  scored = judgments([len(e.responses) for e in examples], grouped)
+  if scored.valid.shape[1] < samples:  # every item was over-long
+    scored = types.Judgments(
+        np.zeros((len(examples), samples, scored.scores.shape[2]), np.int32),
+        np.zeros((len(examples), samples), bool),
+        scored.response_mask,
+    )
+  return Judged(tuple(map(tuple, grouped)), scored, planned.overlong)

@@ -1,0 +1,59 @@
+"""The meta reward model: one scalar per whole trajectory (paper 2.7, 4.3).
+
+A trajectory is shown as a chat turn: the user message holds the conversation and the responses in the order
+*that sample saw*, the assistant's turn is the sampled text, and the scalar is read at its last token. The
+sampled token ids are appended as they are; re-encoding their text could give other tokens.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from spct_jax import types
+from spct_jax.judges import grm, prompts
+from spct_jax.text.tokenizer import Tokenizer
+
+# (tokens int32[Q, L], lengths int32[Q]) -> meta rewards float32[Q], numpy in and out.
+Score = Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+
+def prompt_ids(
+    example: types.Example,
+    order: Sequence[int],
+    *,
+    template: prompts.Template,
+    tokenizer: Tokenizer,
+) -> tuple[int, ...]:
+  """What the meta-RM reads before a trajectory, as token ids; the trajectory's own ids follow it."""
+  return grm.prompt_ids(prompts.build_meta(example, order, template), tokenizer)
+
+
+def score(
+    score_fn: Score,
+    rows: Sequence[Sequence[int]],
+    *,
+    buckets: tuple[int, ...],
+    batch_rows: int,
+    pad_id: int,
+    on_batch: Callable[[int], None] | None = None,
+) -> np.ndarray:
+  """Meta rewards float32[len(rows)]; NaN for a row longer than the last bucket, which then never leads.
+
+  Rows are scored in their given order, `batch_rows` at a time, each batch padded to the smallest bucket that
+  holds it, so the composition of a batch depends on the rows alone.
+  """
+  out = np.full(len(rows), np.nan, np.float32)
+  fits = [i for i, row in enumerate(rows) if len(row) <= buckets[-1]]
+  for start in range(0, len(fits), batch_rows):
+    index = fits[start : start + batch_rows]
+    longest = max(len(rows[i]) for i in index)
+    width = next(b for b in buckets if b >= longest)
+    tokens = np.full((batch_rows, width), pad_id, np.int32)
+    lengths = np.ones(batch_rows, np.int32)
+    for r, i in enumerate(index):
+      tokens[r, : len(rows[i])] = rows[i]
+      lengths[r] = len(rows[i])
+    out[index] = np.asarray(score_fn(tokens, lengths))[: len(index)]
+    if on_batch is not None:
+      on_batch(len(index))
+  return out

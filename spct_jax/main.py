@@ -1,0 +1,271 @@
+"""Self-Principled Critique Tuning: one command for every stage and for all of them.
+
+Run it:
+
+  python -m spct_jax.main --config=configs/spct_small.py:smoke --workdir=/tmp/smoke
+  python -m spct_jax.main --config=configs/spct_small.py --workdir=/tmp/spct --config.grpo.kl_coef=0.02
+  python -m spct_jax.main --config=configs/spct_small.py --workdir=/tmp/spct --config.stage=evaluate
+
+  --config=PAGE.py[:CHOICES]  the page of numbers; choices after the colon move several fields at once
+  --config.FIELD=VALUE        sets one field of the page: --config.seed=3, --config.evaluate.ks='(1,8)'
+  --workdir=FOLDER            where everything is written
+  --strict                    an unusable item is an error, not a counted and named skip
+  --help                      this text; with --config=PAGE.py, that page's own text and fields
+
+Resume: start the same command again. A workdir belongs to one config: finished stages are skipped, an
+unfinished one continues from its last checkpoint, and a finished stage whose inputs changed runs again.
+Fields under mesh, sharding and logging may differ, so a run may continue on other devices.
+
+Several processes: start the same command in each, with
+
+  --coordinator=HOST:PORT --num_processes=N --process_id=I   (on any cluster), or
+  --distributed                                              (where JAX knows the cluster: TPU pods, Slurm)
+
+The workdir must be a folder that all of them see. JAX_NUM_CPU_DEVICES=8 in the environment gives a
+process 8 CPU devices to try a mesh on.
+
+Exit codes: 0 done, 1 an internal error (with its traceback), 2 a mistake in the command, the config or
+the data (with its message), 130 or 143 stopped by Ctrl-C or SIGTERM.
+"""
+
+# Only the light imports stand here: a mistake in the command is answered before JAX is loaded.
+import ast
+import difflib
+import os
+import pathlib
+import signal
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from typing import Any, NoReturn
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+_HELP = ('--help', '-help', '-h', '--helpfull', '--helpshort')
+_PACKAGE = pathlib.Path(__file__).resolve().parent
+
+
+def main(argv: Sequence[str]) -> int:
+  """Runs the command line `argv` (without the program's name) and returns the exit code."""
+  if any(word in _HELP for word in argv):
+    return _help(argv)
+  try:
+    settings = parse(argv)
+  except ValueError as error:
+    return _refuse(error)
+  previous = {number: signal.signal(number, _stop) for number in (signal.SIGTERM, signal.SIGINT)}
+  try:
+    _run(settings)
+  except ValueError as error:
+    if not _is_ours(error):
+      raise
+    return _refuse(error)
+  except _Stopped as stopped:
+    name = signal.Signals(stopped.number).name
+    print(f'\nstopped by {name}; the same command continues from the last checkpoint', file=sys.stderr, flush=True)
+    return 128 + stopped.number
+  finally:
+    for number, handler in previous.items():
+      signal.signal(number, handler)
+  return 0
+
+
+def parse(argv: Sequence[str]) -> flags.FlagValues:
+  """The command line as flags, `.config` among them. ValueError says what is wrong with it."""
+  page = _page(argv)
+  if page is None:
+    raise ValueError(
+        '--config is missing; give a page and a workdir, for example\n'
+        '  python -m spct_jax.main --config=configs/spct_small.py:smoke --workdir=/tmp/smoke\n'
+        '--help lists the pages'
+    )
+  if not pathlib.Path(page.partition(':')[0]).is_file():
+    raise ValueError(f'--config={page}: there is no file {page.partition(":")[0]}; --help lists the pages')
+  # First the page as it stands: the names and types that the overrides are held against.
+  config = _read_flags([f'--config={page}']).config
+  if not isinstance(config, ConfigDict):
+    raise ValueError(f'--config={page}: get_config returns a {type(config).__name__}, not a ConfigDict')
+  for name in _overrides(argv):
+    _check_field(config, name)
+  settings = _read_flags(argv)
+  for field in ('stage', 'strict', 'mesh'):
+    if field not in settings.config:
+      raise ValueError(f'--config={page}: the page has no field {field!r}; every page needs stage, strict and mesh')
+  if not settings.workdir:
+    raise ValueError('--workdir is missing; give the folder to write into, for example --workdir=/tmp/spct')
+  several = [settings.coordinator, settings.num_processes, settings.process_id]
+  if any(value is not None for value in several) and (None in several or settings.distributed):
+    raise ValueError(
+        '--coordinator, --num_processes and --process_id go together, and without --distributed; got '
+        f'coordinator={settings.coordinator}, num_processes={settings.num_processes}, '
+        f'process_id={settings.process_id}, distributed={settings.distributed}'
+    )
+  if settings.num_processes is not None and not 0 <= settings.process_id < settings.num_processes:
+    raise ValueError(f'--process_id={settings.process_id}: allowed are 0 to {settings.num_processes - 1}')
+  if settings.strict:
+    settings.config.strict = True
+  return settings
+
+
+def _run(settings: flags.FlagValues) -> None:
+  from spct_jax import stages
+
+  config = settings.config
+  if config.stage not in stages.RUN:
+    raise ValueError(f'config.stage={config.stage!r} is not a stage; the stages are {", ".join(stages.RUN)}')
+
+  import jax
+
+  from spct_jax import sharding
+  from spct_jax.stages import plan, workdir
+
+  # With JAX's own frames in the traceback, an error raised by JAX can be told from a user's mistake.
+  jax.config.update('jax_traceback_filtering', 'off')
+  if settings.distributed:
+    jax.distributed.initialize()
+  elif settings.coordinator is not None:
+    jax.distributed.initialize(settings.coordinator, settings.num_processes, settings.process_id)
+  for number in (signal.SIGTERM, signal.SIGINT):  # jax.distributed takes SIGTERM for itself
+    signal.signal(number, _stop)
+
+  mesh = sharding.make_mesh(dict(config.mesh))
+  if workdir.is_writer():
+    print('\n'.join(plan.describe(mesh)), flush=True)
+  with workdir.open_workdir(settings.workdir, config) as opened:
+    try:
+      stages.RUN[config.stage](config, opened, mesh)
+    except ValueError:
+      opened.withdraw()
+      raise
+
+
+def _read_flags(argv: Sequence[str]) -> flags.FlagValues:
+  values = flags.FlagValues()
+  words = ['spct_jax.main', *argv]
+  # Overrides are found in `sys_argv`, which would otherwise be the process's own.
+  config_flags.DEFINE_config_file(
+      'config', None, 'page of numbers', flag_values=values, lock_config=True, sys_argv=words
+  )
+  flags.DEFINE_string('workdir', None, 'folder to write into', flag_values=values)
+  flags.DEFINE_bool('strict', False, 'an unusable item is an error', flag_values=values)
+  flags.DEFINE_bool('distributed', False, 'several processes, found by JAX', flag_values=values)
+  flags.DEFINE_string('coordinator', None, 'HOST:PORT of process 0', flag_values=values)
+  flags.DEFINE_integer('num_processes', None, 'number of processes', flag_values=values)
+  flags.DEFINE_integer('process_id', None, 'number of this process, from 0', flag_values=values)
+  try:
+    rest = values(words)
+  except flags.IllegalFlagValueError as error:
+    # ml_collections puts the traceback of an error in the page into its message. A ValueError there is the
+    # page's refusal of a choice, and its words are enough; anything else is a broken page.
+    head, found, words = str(error).rpartition('\nValueError: ')
+    raise ValueError(f'{head.partition(": ")[0]}: {words.strip()}' if found else str(error)) from None
+  except (flags.Error, TypeError) as error:
+    raise ValueError(f'{error}; --help shows the flags') from None
+  if rest[1:]:
+    raise ValueError(f'unexpected {" ".join(rest[1:])!r}; flags are written --name=value; --help shows them')
+  return values
+
+
+def _page(argv: Sequence[str]) -> str | None:
+  """The value of --config, written with '=' or as the next word."""
+  for i, word in enumerate(argv):
+    name, equals, value = word.partition('=')
+    if name in ('--config', '-config'):
+      if equals:
+        return value or None
+      return argv[i + 1] if i + 1 < len(argv) else None
+  return None
+
+
+def _overrides(argv: Sequence[str]) -> Iterator[str]:
+  for word in argv:
+    name = word.partition('=')[0]
+    for prefix in ('--config.', '-config.', '--noconfig.'):
+      if name.startswith(prefix):
+        yield name.removeprefix(prefix)
+
+
+def _check_field(config: ConfigDict, name: str) -> None:
+  node: Any = config
+  above = 'config'
+  for part in name.partition('[')[0].split('.'):
+    if not isinstance(node, ConfigDict) or part not in node:
+      known = sorted(node) if isinstance(node, ConfigDict) else []
+      near = difflib.get_close_matches(part, known, n=1)
+      raise ValueError(
+          f'unknown config field --config.{name}: '
+          + (f'{above} has no {part!r}; it has {", ".join(known)}' if known else f'{above} is a value, not a section')
+          + (f'. Did you mean {near[0]!r}?' if near else '')
+      )
+    node, above = node[part], f'{above}.{part}'
+
+
+def _is_ours(error: ValueError) -> bool:
+  """True if our own code raised it (a user's mistake), False if a library did (a bug of ours)."""
+  frame = traceback.extract_tb(error.__traceback__)[-1]
+  return pathlib.Path(frame.filename).resolve().is_relative_to(_PACKAGE)
+
+
+def _refuse(error: ValueError) -> int:
+  print(f'error: {error}', file=sys.stderr, flush=True)
+  return 2
+
+
+class _Stopped(BaseException):
+  """A signal asked us to stop. No Exception, so that no handler on the way takes it for an error."""
+
+  def __init__(self, number: int):
+    super().__init__(number)
+    self.number = number
+
+
+def _stop(number: int, frame: Any) -> NoReturn:
+  del frame
+  signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
+  raise _Stopped(number)
+
+
+def _help(argv: Sequence[str]) -> int:
+  page = _page(argv)
+  if page is not None:
+    try:
+      config = _read_flags([f'--config={page}']).config
+    except (ValueError, OSError) as error:
+      return _refuse(ValueError(str(error)))
+    print(_docstring(pathlib.Path(page.partition(':')[0])) + '\n\nIts fields and their values:\n')
+    print(config)
+    return 0
+  from spct_jax import stages
+
+  print(__doc__)
+  print('Stages (--config.stage=NAME): ' + ', '.join(stages.RUN) + '\n')
+  pages = sorted(path for path in pathlib.Path('configs').glob('*.py') if path.name != '__init__.py')
+  print('Pages under configs/:' if pages else 'Pages: none under configs/ here; run this in the root of the clone.')
+  for path in pages:
+    print(f'\n  {path}\n    {_docstring(path).partition(chr(10))[0]}')
+  if pages:
+    print(f'\nThe choices and fields of a page: python -m spct_jax.main --config={pages[0]} --help')
+  return 0
+
+
+def _docstring(path: pathlib.Path) -> str:
+  return ast.get_docstring(ast.parse(path.read_text(encoding='utf-8'))) or ''
+
+
+def _leave(code: int) -> NoReturn:
+  """Ends the process. After a failure it does not wait for threads, or for processes that wait for this one."""
+  sys.stdout.flush()
+  sys.stderr.flush()
+  if code:
+    os._exit(code)
+  sys.exit(0)
+
+
+if __name__ == '__main__':
+  try:
+    _code = main(sys.argv[1:])
+  except BaseException:
+    traceback.print_exc()
+    _code = 1
+  _leave(_code)

@@ -1,0 +1,153 @@
+"""What a decoder is, as plain frozen data: hashable (a static jit argument) and JSON-able.
+
+The layers come as `head` blocks, then `period` repeated `num_periods` times (stacked and scanned), then
+`remainder` blocks. A plain model has one block in its period and no head or remainder; one that
+alternates local and global attention has two blocks in its period.
+
+The keyword defaults below only switch features off, for tests and notebooks. `from_dict`, which the
+stages use, takes no defaults: every field must be on the config page.
+"""
+
+import dataclasses
+import math
+
+DTYPES = ('float32', 'bfloat16', 'float16')
+HEAD_KINDS = ('lm', 'scalar')
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+  """Llama-3's frequency scaling: wavelengths longer than `original_length / low` are stretched by `factor`."""
+
+  factor: int | float
+  low: int | float
+  high: int | float
+  original_length: int
+
+  def __post_init__(self):
+    if not (self.factor >= 1 and 0 < self.low < self.high and self.original_length > 0):
+      raise ValueError(
+          f'rope_scaling: got {self}; needs factor >= 1, 0 < low < high and original_length > 0'
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockConfig:
+  """What may differ between two blocks of one model.
+
+  `window`: a query sees the `window` latest positions, itself included; None is global attention.
+  """
+
+  window: int | None = None
+  rope_theta: int | float = 10000.0
+  rope_scaling: RopeScaling | None = None
+
+  def __post_init__(self):
+    if self.window is not None and self.window < 1:
+      raise ValueError(f'window: got {self.window}; needs a positive count of tokens, or None for global')
+    if not self.rope_theta > 0:
+      raise ValueError(f'rope_theta: got {self.rope_theta}; needs a positive base, for example 10000.0')
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """One decoder. `width` is D, `heads` H, `kv_heads` M, `ffn` F of the alphabet of `types`.
+
+  `vocab_multiple` pads the embedding table to a multiple of it, so that it divides over devices;
+  logits are cut back to `vocab_size`. `dtype` is what is computed in, `param_dtype` what is stored.
+  `remat` recomputes each layer in the backward pass instead of keeping its activations.
+  """
+
+  vocab_size: int
+  width: int
+  heads: int
+  kv_heads: int
+  head_dim: int
+  ffn: int
+  period: tuple[BlockConfig, ...]
+  num_periods: int
+  head: tuple[BlockConfig, ...] = ()
+  remainder: tuple[BlockConfig, ...] = ()
+  vocab_multiple: int = 1
+  tied: bool = False
+  norm_eps: float = 1e-6
+  qkv_bias: bool = False
+  qk_norm: bool = False
+  head_kind: str = 'lm'
+  dtype: str = 'float32'
+  param_dtype: str = 'float32'
+  remat: bool = False
+
+  def __post_init__(self):
+    for name in ('head', 'period', 'remainder'):
+      blocks = getattr(self, name)
+      if not isinstance(blocks, tuple) or not all(isinstance(b, BlockConfig) for b in blocks):
+        raise ValueError(f'{name}: got {blocks!r}; needs a tuple of BlockConfig, for example (BlockConfig(),)')
+    for name in ('vocab_size', 'width', 'heads', 'kv_heads', 'head_dim', 'ffn', 'vocab_multiple'):
+      if not getattr(self, name) >= 1:
+        raise ValueError(f'{name}: got {getattr(self, name)}; needs a positive integer')
+    if self.heads % self.kv_heads:
+      raise ValueError(
+          f'heads: got {self.heads} query heads for kv_heads={self.kv_heads}; every key/value head serves '
+          'the same number of query heads, so kv_heads must divide heads'
+      )
+    if self.head_dim % 2:
+      raise ValueError(f'head_dim: got {self.head_dim}; rotary embedding turns pairs, so it must be even')
+    if self.num_periods < 0 or bool(self.period) != (self.num_periods > 0):
+      raise ValueError(
+          f'num_periods: got {self.num_periods} with {len(self.period)} blocks in the period; needs a positive '
+          'count with a period, and 0 without one'
+      )
+    if not self.num_layers:
+      raise ValueError('a model needs at least one block in head, period or remainder')
+    if not self.norm_eps > 0:
+      raise ValueError(f'norm_eps: got {self.norm_eps}; needs a small positive number, for example 1e-6')
+    _one_of('head_kind', self.head_kind, HEAD_KINDS)
+    _one_of('dtype', self.dtype, DTYPES)
+    _one_of('param_dtype', self.param_dtype, DTYPES)
+
+  @property
+  def num_layers(self) -> int:
+    return len(self.head) + len(self.period) * self.num_periods + len(self.remainder)
+
+  @property
+  def padded_vocab(self) -> int:
+    return math.ceil(self.vocab_size / self.vocab_multiple) * self.vocab_multiple
+
+  @property
+  def layers(self) -> tuple[BlockConfig, ...]:
+    """Every block in the order it runs."""
+    return self.head + self.period * self.num_periods + self.remainder
+
+  def to_dict(self) -> dict:
+    """JSON-able; `from_dict` undoes it."""
+    out = dataclasses.asdict(self)
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in out.items()}
+
+  @classmethod
+  def from_dict(cls, fields: dict) -> 'ModelConfig':
+    """Every field must be present and none may be unknown."""
+    fields = _checked('model config', dict(fields), cls)
+    for name in ('head', 'period', 'remainder'):
+      fields[name] = tuple(_block(name, block) for block in fields[name])
+    return cls(**fields)
+
+
+def _block(where: str, fields: dict) -> BlockConfig:
+  fields = _checked(f'block of {where}', dict(fields), BlockConfig)
+  if fields['rope_scaling'] is not None:
+    fields['rope_scaling'] = RopeScaling(**_checked('rope_scaling', dict(fields['rope_scaling']), RopeScaling))
+  return BlockConfig(**fields)
+
+
+def _checked(what: str, fields: dict, cls: type) -> dict:
+  known = [field.name for field in dataclasses.fields(cls)]
+  unknown, missing = sorted(set(fields) - set(known)), [name for name in known if name not in fields]
+  if unknown or missing:
+    raise ValueError(f'{what}: unknown fields {unknown}, missing fields {missing}; the fields are {known}')
+  return fields
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]):
+  if value not in allowed:
+    raise ValueError(f'{name}: got {value!r}; allowed are {", ".join(allowed)}')

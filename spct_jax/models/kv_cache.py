@@ -1,0 +1,89 @@
+"""Keys and values of every layer, laid out like the layers, as an explicit pytree.
+
+    {'head': {'0': {'k': [B,S,M,hd], 'v': [B,S,M,hd]}, ...},
+     'period': {'0': {'k': [num_periods,B,S,M,hd], 'v': ...}, ...},
+     'remainder': {...}}                                    groups without a block are absent
+
+The whole pytree is carried through the scan over layers and each layer updates its own slice in
+place: as scan inputs and outputs it would exist twice. A layer finds itself by its `LayerRef`.
+
+`start` makes the cache of `Transformer.apply`: the above as 'layers', how many tokens each row holds
+('length', so rows may have prefixes of different lengths) and their positions.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from spct_jax.models.config import BlockConfig, ModelConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerRef:
+  """Which layer this is: `group` 'head', 'period' or 'remainder', block `j` of it, in period `i`.
+
+  `i` is a traced integer inside the scan over periods, and None in the other groups.
+  """
+
+  group: str
+  j: int
+  i: object
+  config: BlockConfig
+
+
+def init(config: ModelConfig, batch: int, length: int, dtype=None) -> dict:
+  """Zeros for `batch` rows of `length` tokens; `dtype` None is the compute dtype of the model."""
+  dtype = jnp.dtype(config.dtype if dtype is None else dtype)
+  shape = (batch, length, config.kv_heads, config.head_dim)
+  layers = {}
+  for group, stack in (('head', ()), ('period', (config.num_periods,)), ('remainder', ())):
+    blocks = getattr(config, group)
+    if blocks:
+      layers[group] = {
+          str(j): {'k': jnp.zeros(stack + shape, dtype), 'v': jnp.zeros(stack + shape, dtype)}
+          for j in range(len(blocks))
+      }
+  return layers
+
+
+def start(config: ModelConfig, batch: int, length: int, dtype=None) -> dict:
+  """An empty cache for `Transformer.apply`: `layers`, `length` int32[B], `positions` int32[B, S]."""
+  return {
+      'layers': init(config, batch, length, dtype),
+      'length': jnp.zeros((batch,), jnp.int32),
+      'positions': jnp.zeros((batch, length), jnp.int32),
+  }
+
+
+def read(cache: dict, ref: LayerRef) -> tuple[Float[Array, 'B S M hd'], Float[Array, 'B S M hd']]:
+  """The keys and values of one layer."""
+  layer = cache[ref.group][str(ref.j)]
+  if ref.i is None:
+    return layer['k'], layer['v']
+  return tuple(jax.lax.dynamic_index_in_dim(layer[name], ref.i, axis=0, keepdims=False) for name in ('k', 'v'))
+
+
+def write(cache: dict, ref: LayerRef, k: Float[Array, 'B T M hd'], v: Float[Array, 'B T M hd'], index) -> dict:
+  """The cache with T tokens of one layer stored from `index` on.
+
+  `index` is one integer for all rows (a slice update, which clamps: the caller keeps `index + T <= S`) or
+  int32[B], one per row (a scatter, which drops what falls behind the end).
+  """
+  layer = cache[ref.group][str(ref.j)]
+  layer = {'k': _put(layer['k'], k, ref.i, index), 'v': _put(layer['v'], v, ref.i, index)}
+  return {**cache, ref.group: {**cache[ref.group], str(ref.j): layer}}
+
+
+def _put(store, new, i, index):
+  new, index = new.astype(store.dtype), jnp.asarray(index)
+  if index.ndim == 0:
+    if i is None:
+      return jax.lax.dynamic_update_slice_in_dim(store, new, index, axis=1)
+    zero = jnp.zeros((), index.dtype)
+    return jax.lax.dynamic_update_slice(store, new[None], (i.astype(index.dtype), zero, index, zero, zero))
+  rows = jnp.arange(new.shape[0])[:, None]
+  places = index[:, None] + jnp.arange(new.shape[1])[None, :]
+  where = (rows, places) if i is None else (i, rows, places)
+  return store.at[where].set(new, mode='drop')

@@ -1,0 +1,232 @@
+"""The decoder as pure functions over one parameter tree.
+
+    {'embed': {'table': [Vpad, D]},
+     'head': {'0': block, ...}, 'period': {'0': block with [num_periods, ...] leaves, ...}, 'remainder': {...},
+     'final_norm': {'scale': [D]},
+     'unembed': {'kernel': [D, Vpad]}            untied language models only
+     'reward': {'kernel': [D, 1], 'bias': [1]}}  scalar head only
+
+    block: attn_norm/scale [D], q/kernel [D,H,hd], k/kernel and v/kernel [D,M,hd], o/kernel [H,hd,D],
+           mlp_norm/scale [D], gate/kernel and up/kernel [D,F], down/kernel [F,D]
+           (+ q, k, v /bias with qkv_bias; q_norm/scale, k_norm/scale [hd] with qk_norm)
+
+`apply` is the whole model. The engine and the trainer compose the pieces: `embed`, `run_layers` (which
+carries any cache pytree through the layers and leaves attention to the caller's `attend`), `unembed`.
+The final norm belongs to `unembed` and `rewards`: `hidden` and `run_layers` return the residual stream.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Int
+
+from spct_jax.models import attention, kv_cache, reward_head
+from spct_jax.models.blocks import Block, RMSNorm
+from spct_jax.models.config import ModelConfig
+from spct_jax.models.kv_cache import LayerRef
+
+Array = jax.Array | np.ndarray
+
+@dataclasses.dataclass(frozen=True)
+class Transformer:
+  """A decoder: hashable settings, no state. Parameters go in and come out explicitly."""
+
+  config: ModelConfig
+
+  # --- parameters
+
+  def init(self, key: jax.Array) -> dict:
+    """Random parameters in `param_dtype`: kernels scaled by their fan-in, the table by the width."""
+    c, dtype = self.config, jnp.dtype(self.config.param_dtype)
+    table_key, layers_key, out_key = jax.random.split(key, 3)
+    table = jax.random.normal(table_key, (c.padded_vocab, c.width)) * c.width**-0.5
+    params = {'embed': {'table': table.astype(dtype)}, 'final_norm': {'scale': jnp.ones((c.width,), dtype)}}
+    params |= self._init_layers(layers_key)
+    if c.head_kind == 'scalar':
+      params['reward'] = reward_head.init(out_key, c)
+    elif not c.tied:
+      kernel = jax.random.normal(out_key, (c.width, c.padded_vocab)) * c.width**-0.5
+      params['unembed'] = {'kernel': kernel.astype(dtype)}
+    return params
+
+  def _init_layers(self, key):
+    c = self.config
+    x = jnp.zeros((1, 1, c.width), jnp.dtype(c.dtype))
+    positions = jnp.zeros((1, 1), jnp.int32)
+
+    def one(key):
+      return Block(c, c.layers[0]).init(key, x, positions, lambda q, k, v: (q, None))['params']
+
+    # All blocks have the same shapes, so one traced block makes them all: a program that repeats the
+    # random number generator for each layer takes XLA a quarter of a minute to compile at six layers.
+    layers = jax.lax.map(one, jax.random.split(key, c.num_layers))
+    first, period, last = len(c.head), len(c.period), len(c.head) + len(c.period) * c.num_periods
+    groups = {
+        'head': [jax.tree.map(lambda leaf: leaf[j], layers) for j in range(first)],
+        'period': [jax.tree.map(lambda leaf: leaf[first + j : last : period], layers) for j in range(period)],
+        'remainder': [jax.tree.map(lambda leaf: leaf[j], layers) for j in range(last, c.num_layers)],
+    }
+    return {group: {str(j): b for j, b in enumerate(blocks)} for group, blocks in groups.items() if blocks}
+
+  def abstract_params(self) -> dict:
+    """Shapes and dtypes of the parameters, without making them."""
+    return jax.eval_shape(self.init, jax.random.key(0))
+
+  @property
+  def num_params(self) -> int:
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self.abstract_params()))
+
+  def init_cache(self, batch: int, length: int) -> dict:
+    """An empty cache for `apply`, with room for `length` tokens in each of `batch` rows."""
+    return kv_cache.start(self.config, batch, length)
+
+  # --- pieces
+
+  def embed(self, params: dict, tokens: Int[Array, 'B T']) -> Float[Array, 'B T D']:
+    return jnp.take(params['embed']['table'], tokens, axis=0).astype(self.config.dtype)
+
+  def run_layers(self, params: dict, x: Float[Array, 'B T D'], positions: Int[Array, 'B T'], attend, cache=None):
+    """All blocks in order; returns `(x, cache)`.
+
+    `attend(ref, q, k, v, cache) -> (out, cache)` is called once per layer (once per block of the period, in
+    the scan) with rotated q `[B,T,H,hd]`, k and v `[B,T,M,hd]`. `cache` is any pytree, carried whole.
+    """
+    c = self.config
+
+    def block(ref, block_params, x, cache):
+      return Block(c, ref.config).apply(
+          {'params': block_params}, x, positions, lambda q, k, v: attend(ref, q, k, v, cache)
+      )
+
+    def lone(group, x, cache):
+      for j, config in enumerate(getattr(c, group)):
+        run = functools.partial(block, LayerRef(group, j, None, config))
+        if c.remat:
+          run = jax.checkpoint(run)
+        x, cache = run(params[group][str(j)], x, cache)
+      return x, cache
+
+    def period(carry, xs):
+      i, stack = xs
+      for j, config in enumerate(c.period):
+        carry = block(LayerRef('period', j, i, config), stack[str(j)], *carry)
+      return carry, None
+
+    x, cache = lone('head', x, cache)
+    if c.period:
+      # Inside a scan nothing can merge the recomputation away, so the barriers against it only cost.
+      body = jax.checkpoint(period, prevent_cse=False) if c.remat else period
+      (x, cache), _ = jax.lax.scan(body, (x, cache), (jnp.arange(c.num_periods), params['period']))
+    return lone('remainder', x, cache)
+
+  def unembed(self, params: dict, x: Float[Array, 'B T D']) -> Float[Array, 'B T V']:
+    """Final norm and logits, float32, cut to the true vocabulary."""
+    x = self._final_norm(params, x)
+    if self.config.tied:
+      table = params['embed']['table'].astype(x.dtype)
+      logits = jnp.einsum('BTD,VD->BTV', x, table, preferred_element_type=jnp.float32)
+    else:
+      kernel = params['unembed']['kernel'].astype(x.dtype)
+      logits = jnp.einsum('BTD,DV->BTV', x, kernel, preferred_element_type=jnp.float32)
+    return logits[:, :, : self.config.vocab_size]
+
+  def rewards(self, params: dict, x: Float[Array, 'B T D'], lengths: Int[Array, ' B']) -> Float[Array, ' B']:
+    """The scalar head on the last real token of each row."""
+    last = self._final_norm(params, reward_head.last_token(x, lengths)[:, None, :])
+    return reward_head.reward(params['reward'], last[:, 0, :])
+
+  def _final_norm(self, params, x):
+    return RMSNorm(self.config).apply({'params': params['final_norm']}, x)
+
+  # --- the whole model
+
+  def hidden(
+      self,
+      params: dict,
+      tokens: Int[Array, 'B T'],
+      lengths: Int[Array, ' B'] | None = None,
+      positions: Int[Array, 'B T'] | None = None,
+      segments: Int[Array, 'B T'] | None = None,
+  ) -> Float[Array, 'B T D']:
+    """The residual stream after the last block; what `unembed` and `rewards` take. Arguments as in `apply`."""
+    B, T = tokens.shape
+    if positions is None:
+      positions = jnp.arange(T)[None, :] if segments is None else attention.segment_positions(segments)
+    positions = jnp.broadcast_to(positions, (B, T))
+    mask = attention.causal_mask(T, lengths, segments)
+
+    def attend(ref, q, k, v, cache):
+      seen = attention.window_mask(mask, ref.config.window, positions, positions)
+      return attention.dot_product(q, k, v, jnp.broadcast_to(seen, (B, T, T))), cache
+
+    return self.run_layers(params, self.embed(params, tokens), positions, attend)[0]
+
+  def hidden_cached(self, params: dict, tokens: Int[Array, 'B T'], lengths, positions, cache: dict):
+    """`hidden` of tokens that follow those in `cache`; returns `(x, cache)`."""
+    B, T = tokens.shape
+    held, S = cache['length'], cache['positions'].shape[1]
+    lengths = jnp.full((B,), T, jnp.int32) if lengths is None else lengths
+    _check_room(held, lengths, S)
+    places = held[:, None] + jnp.arange(T, dtype=jnp.int32)[None, :]
+    positions = jnp.broadcast_to(places if positions is None else positions, (B, T))
+    key_positions = cache['positions'].at[jnp.arange(B)[:, None], places].set(positions, mode='drop')
+    # Stored index = order of arrival, so it is also the causal order. Padding is written behind the real
+    # tokens, where the next call overwrites it; until then `held + lengths` hides it.
+    index = jnp.arange(S)[None, None, :]
+    mask = (index <= places[:, :, None]) & (index < (held + lengths)[:, None, None])
+
+    def attend(ref, q, k, v, layers):
+      layers = kv_cache.write(layers, ref, k, v, held)
+      keys, values = kv_cache.read(layers, ref)
+      seen = attention.window_mask(mask, ref.config.window, positions, key_positions)
+      return attention.dot_product(q, keys, values, seen), layers
+
+    x, layers = self.run_layers(params, self.embed(params, tokens), positions, attend, cache['layers'])
+    # Under jit an overflow cannot raise; NaN is loud, dropped tokens would not be.
+    x = jnp.where((held + lengths > S)[:, None, None], jnp.nan, x)
+    return x, {'layers': layers, 'length': held + lengths, 'positions': key_positions}
+
+  def apply(
+      self,
+      variables: dict,
+      tokens: Int[Array, 'B T'],
+      lengths: Int[Array, ' B'] | None = None,
+      positions: Int[Array, 'B T'] | None = None,
+      segments: Int[Array, 'B T'] | None = None,
+      cache: dict | None = None,
+  ):
+    """Logits float32[B, T, V], or rewards float32[B] with a scalar head; with a cache, `(that, new cache)`.
+
+    tokens: right-padded. lengths: real tokens per row (None: all are); padding never reaches a real position.
+    positions: for rotary embedding and windows; by default the index, in its segment or after the cached tokens.
+    segments: several sequences in one row, numbered from 1, 0 = padding; attention stays within a segment. Where a
+    segment is not contiguous, give positions. cache: from `init_cache` or a previous call; it holds only real tokens.
+    """
+    params = variables['params']
+    if segments is not None and (cache is not None or self.config.head_kind == 'scalar'):
+      raise ValueError(
+          'segments: got several sequences per row together with a cache or a scalar head, which know one '
+          'sequence per row; give each sequence its own row and its `lengths`'
+      )
+    if cache is None:
+      x = self.hidden(params, tokens, lengths, positions, segments)
+    else:
+      x, cache = self.hidden_cached(params, tokens, lengths, positions, cache)
+    if self.config.head_kind == 'scalar':
+      lengths = jnp.full((tokens.shape[0],), tokens.shape[1]) if lengths is None else lengths
+      out = self.rewards(params, x, lengths)
+    else:
+      out = self.unembed(params, x)
+    return out if cache is None else (out, cache)
+
+
+def _check_room(held, lengths, S):
+  if isinstance(held, jax.core.Tracer) or isinstance(lengths, jax.core.Tracer):
+    return
+  need = int((held + lengths).max())
+  if need > S:
+    raise ValueError(f'cache: got {need} tokens for a row with room for {S}; make it with a larger `length`')

@@ -1,0 +1,128 @@
+"""From logits to a token: temperature, truncation, and one inverse-CDF draw, without a sort.
+
+With x the logits of one row, tau its temperature and w = exp((x - max x) / tau):
+
+    top_k   keep the tokens whose logit is at least the k-th largest
+    top_p   keep a token if the tokens above it hold less than `top_p` of the mass that top_k left
+    min_p   keep the tokens with w >= min_p, that is, at least min_p times the likeliest
+    token   = min {v : sum_{j <= v} w_j > uniform * sum_j w_j} over the tokens that are kept
+    logp    = log softmax(x / tau)[token] over the full vocabulary, before truncation, float32
+
+This is the order of the Hugging Face warpers (temperature, top_k, top_p, min_p), each one acting on the
+renormalised survivors of those before it. Every setting is an array with one entry per row.
+
+1. Tokens that tie at a threshold stay or go together; a sort would keep an arbitrary one of them.
+2. The thresholds of top_k and top_p are found by bisection over the 32 bits of the logits: exact, and
+   32 passes over the row instead of a sort. A batch in which no row asks for one skips it.
+3. The draw is two-level: first a block of the vocabulary, then a token in it. Only a token of positive
+   weight can be drawn, whatever rounding does to the running sums.
+4. A temperature of 0 is greedy: the likeliest token, the lowest id on ties; its `logp` is at temperature 1.
+5. A NaN logit counts as -inf, +inf as the largest float; a row without any finite logit is uniform.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+_BLOCK = 256  # tokens in a block of the two-level draw: about the square root of a vocabulary
+
+
+def sample(
+    logits: Float[Array, 'R V'],
+    uniform: Float[Array, ' R'],
+    temperature: Float[Array, ' R'],
+    top_p: Float[Array, ' R'],
+    top_k: Int[Array, ' R'],
+    min_p: Float[Array, ' R'],
+) -> tuple[Int[Array, ' R'], Float[Array, ' R']]:
+  """Draws one token a row; `uniform` is in [0, 1). Off: top_p = 1, top_k = 0, min_p = 0."""
+  logits = _finite(logits)
+  greedy_R1 = (temperature <= 0)[:, None]
+  # A subnormal temperature would be flushed to zero, and 0 / 0 is NaN for the likeliest token.
+  scale_R1 = jnp.where(greedy_R1, 1.0, jnp.maximum(temperature, jnp.finfo(jnp.float32).tiny)[:, None])
+  scaled = (logits - logits.max(axis=1, keepdims=True)) / scale_R1
+  weight = jnp.exp(scaled)
+  kept = jnp.where(truncate(logits, weight, top_p, top_k, min_p), weight, 0.0)
+  drawn = _draw(kept, uniform)
+  token = jnp.where(greedy_R1[:, 0], jnp.argmax(logits, axis=1), drawn).astype(jnp.int32)
+  logp = jnp.take_along_axis(scaled, token[:, None], axis=1)[:, 0] - jnp.log(weight.sum(axis=1))
+  return token, logp
+
+
+def truncate(
+    logits: Float[Array, 'R V'],
+    weight: Float[Array, 'R V'],
+    top_p: Float[Array, ' R'],
+    top_k: Int[Array, ' R'],
+    min_p: Float[Array, ' R'],
+) -> Bool[Array, 'R V']:
+  """Which tokens may be drawn. `weight` is proportional to the probabilities, the likeliest token has 1."""
+  order = _ordered_bits(logits)
+  everything = jnp.full((logits.shape[0], 1), jnp.iinfo(jnp.int32).min, jnp.int32)
+  k_R1, p_R1 = top_k[:, None], top_p[:, None]
+  use_k_R1 = (k_R1 > 0) & (k_R1 < logits.shape[1])
+  use_p_R1 = p_R1 < 1
+
+  def least_k():
+    enough = lambda bits_R1: (order > bits_R1).sum(axis=1, keepdims=True) < k_R1
+    return jnp.where(use_k_R1, _bisect(order, enough), everything)
+
+  keep = order >= jax.lax.cond(use_k_R1.any(), least_k, lambda: everything)
+
+  def least_p():
+    left = jnp.where(keep, weight, 0.0)
+    wanted_R1 = p_R1 * left.sum(axis=1, keepdims=True)
+    enough = lambda bits_R1: jnp.where(order > bits_R1, left, 0.0).sum(axis=1, keepdims=True) < wanted_R1
+    return jnp.where(use_p_R1, _bisect(order, enough), everything)
+
+  keep &= order >= jax.lax.cond(use_p_R1.any(), least_p, lambda: everything)
+  return keep & (weight >= jnp.minimum(min_p, 1.0)[:, None])
+
+
+def _finite(logits):
+  logits = logits.astype(jnp.float32)
+  largest = jnp.finfo(jnp.float32).max
+  logits = jnp.minimum(jnp.where(jnp.isnan(logits), -jnp.inf, logits), largest)
+  return jnp.where((logits == -jnp.inf).all(axis=1, keepdims=True), 0.0, logits)
+
+
+def _ordered_bits(x: Float[Array, 'R V']) -> Int[Array, 'R V']:
+  """Integers in the order of the floats; both zeros map to one integer."""
+  bits = jax.lax.bitcast_convert_type(jnp.where(x == 0, 0.0, x), jnp.int32)
+  return jnp.where(bits < 0, bits ^ jnp.int32(0x7FFFFFFF), bits)
+
+
+def _bisect(order: Int[Array, 'R V'], enough) -> Int[Array, 'R 1']:
+  """The least integer for which `enough` holds, row by row; never above the row's largest.
+
+  It is always one of the row's own values: between two values, the tokens above do not change.
+  """
+  def halve(_, bounds):
+    low, high = bounds
+    middle = (low & high) + ((low ^ high) >> 1)  # their mean rounded down, which cannot overflow
+    ok = enough(middle)
+    return jnp.where(ok, low, jnp.minimum(middle + 1, high)), jnp.where(ok, middle, high)
+
+  bounds = order.min(axis=1, keepdims=True), order.max(axis=1, keepdims=True)
+  return jax.lax.fori_loop(0, 32, halve, bounds)[1]
+
+
+def _draw(weight: Float[Array, 'R V'], uniform: Float[Array, ' R']) -> Int[Array, ' R']:
+  rows, size = weight.shape
+  blocks = jnp.pad(weight, ((0, 0), (0, -size % _BLOCK))).reshape(rows, -1, _BLOCK)
+  mass = blocks.sum(axis=2)
+  block, rest = _pick(mass, uniform * mass.sum(axis=1))
+  inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
+  place, _ = _pick(inside, rest)
+  return block * _BLOCK + place
+
+
+def _pick(mass, target):
+  """The first positive entry whose running sum passes `target`, and what of `target` is left inside it."""
+  total = jnp.cumsum(mass, axis=1)
+  positive = mass > 0  # rounding may move a running sum across an entry that holds nothing
+  passed = positive & (total > target[:, None])
+  last = mass.shape[1] - 1 - jnp.argmax(positive[:, ::-1], axis=1)
+  index = jnp.where(passed.any(axis=1), jnp.argmax(passed, axis=1), last)
+  here = lambda values: jnp.take_along_axis(values, index[:, None], axis=1)[:, 0]
+  return index, target - (here(total) - here(mass))

@@ -1,0 +1,189 @@
+"""The sampler: prompts and tasks in, token ids with their log-probabilities out (decisions 4, 6 and 7).
+
+    engine = Engine(model=..., mesh=..., ...)
+    rollouts = engine.generate(params, prompts, tasks)
+
+The host side only checks and deals: prompts go to the G groups of rows of the mesh, each task follows
+its prompt, everything is padded to what the mesh divides, and the results are put back in the order of
+the tasks. `loop` is the program that runs. What a task gets depends on its prompt, its settings and its
+name (seed, stage, visit, uid, sample) only, up to float ties: not on rows, batches, groups or refills.
+
+1. Shapes decide what is compiled: U, P, Q, the rows and T. Sampling settings, seed, stage and the
+   number of real tasks are values.
+2. Prompts are dealt to groups by their number of tasks, so that groups get nearly equal queues; when one
+   prompt has far more than the others, the queues of all groups grow to a power of two times Q / G.
+"""
+
+from collections.abc import Callable
+import dataclasses
+
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+import numpy as np
+
+from spct_jax import sharding
+from spct_jax.models.transformer import Transformer
+from spct_jax.sampling import keys, loop
+from spct_jax.types import PromptBatch, Rollouts, Tasks
+
+_ALL = 2**30  # steps: more than any run takes
+
+
+@dataclasses.dataclass(frozen=True)
+class Engine:
+  """How to sample from a model. `rows` run side by side; `mesh` None is one device without placement.
+
+  `cache_rules` place the caches (sharding rules; paths 'prompt/period/0/k', 'rows/head/0/v', ...; shape
+  [slots or rows, positions, M, hd]). A task ends with one of `eos_ids`, or after `max_new_tokens`.
+  """
+
+  model: Transformer
+  mesh: jax.sharding.Mesh | None
+  cache_rules: tuple
+  rows: int
+  max_new_tokens: int
+  eos_ids: tuple[int, ...]
+  seed: int
+  stage: str
+
+  def __post_init__(self):
+    for name in ('rows', 'max_new_tokens'):
+      if getattr(self, name) < 1:
+        raise ValueError(f'{name}: got {getattr(self, name)}; the engine needs at least 1.')
+    config = self.model.config
+    if config.head_kind != 'lm':
+      raise ValueError(f'model: got a {config.head_kind!r} head, which samples no tokens; needs head_kind lm.')
+    wrong = [eos for eos in self.eos_ids if not 0 <= eos < config.vocab_size]
+    if wrong:
+      raise ValueError(
+          f'eos_ids: got {wrong}; the model has ids 0 to {config.vocab_size - 1}. Is it the right tokenizer?'
+      )
+    keys.root_key(self.seed, self.stage)
+
+  @property
+  def _settings(self) -> loop.Settings:
+    rules = tuple((pattern, _hashable(spec)) for pattern, spec in self.cache_rules)
+    return loop.Settings(self.model, self.mesh, rules, self.max_new_tokens, tuple(map(int, self.eos_ids)))
+
+  def cache_shardings(self, num_prompts: int, prompt_length: int) -> dict | None:
+    """{'prompt': tree, 'rows': tree} of NamedShardings, as for `generate` with at least as many tasks as rows."""
+    if self.mesh is None:
+      return None
+    G = self._settings.groups
+    shapes = {
+        'prompt': (G * _parts(num_prompts, G), prompt_length), 'rows': (G * _parts(self.rows, G), self.max_new_tokens)
+    }
+    return {name: loop.cache_shardings(self._settings, name, *shape) for name, shape in shapes.items()}
+
+  def generate(
+      self,
+      params: dict,
+      prompts: PromptBatch,
+      tasks: Tasks,
+      on_progress: Callable[[int, int], None] | None = None,
+      segment: int | None = None,
+  ) -> Rollouts:
+    """Runs all tasks; numpy in, numpy out, in the order of the tasks. Padding tasks get an empty row.
+
+    `on_progress(done, total)` is called after every `segment` steps, or once at the end if that is None.
+    """
+    _check(prompts, tasks, self.model.config.vocab_size)
+    if segment is not None and segment < 1:
+      raise ValueError(f'segment: got {segment}; needs at least 1 step, or None for one uninterrupted run.')
+    settings, Q, T = self._settings, len(tasks.prompt), self.max_new_tokens
+    tokens, logp, length = np.zeros((Q, T), np.int32), np.zeros((Q, T), np.float32), np.zeros(Q, np.int32)
+    total = int(tasks.row_mask.sum())
+    if total:
+      dealt, prompt_tokens, prompt_length, queue = _deal(prompts, tasks, settings.groups)
+      put = lambda tree: _put(tree, self.mesh)
+      slots = loop.prefill(settings, params, put(prompt_tokens), put(prompt_length))
+      queue = put(queue)
+      rows = min(_parts(self.rows, settings.groups), dealt.shape[1])
+      root = np.asarray(jax.random.key_data(keys.root_key(self.seed, self.stage)))
+      state, done = loop.start(settings, rows, slots, queue), 0
+      while done < total:
+        state, finished = loop.advance(
+            settings, params, root, slots, queue, state, np.int32(_ALL if segment is None else segment)
+        )
+        done = int(sharding.to_host(finished))
+        if on_progress is not None:
+          on_progress(done, total)
+      real = dealt >= 0
+      for out, values in zip((tokens, logp, length), sharding.to_host((state.tokens, state.logp, state.length))):
+        out[dealt[real]] = values[real]
+    return Rollouts(tokens=tokens, logp=logp, token_mask=np.arange(T)[None, :] < length[:, None])
+
+
+def _hashable(spec):
+  return tuple(tuple(entry) if isinstance(entry, list) else entry for entry in spec)
+
+
+def _parts(count: int, ways: int) -> int:
+  return -(-count // ways)
+
+
+def _put(tree, mesh):
+  where = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  if mesh is not None:
+    where = NamedSharding(mesh, PartitionSpec(sharding.DATA_AXES))
+  return sharding.to_device(tree, where)
+
+
+def _deal(prompts: PromptBatch, tasks: Tasks, G: int):
+  """-> dealt int[G, q] (which task stands where in the queues, -1 = none), tokens[G, u, P], length[G, u], Queue."""
+  Q, (U, P) = len(tasks.prompt), prompts.tokens.shape
+  prompt = np.where(tasks.row_mask, tasks.prompt, 0)
+  counts = np.bincount(prompt[tasks.row_mask], minlength=U)
+  rank = np.empty(U, int)
+  rank[np.argsort(-counts, kind='stable')] = np.arange(U)
+  # To and fro (0 1 2 2 1 0 0 1 ...), so that no group gets the larger one every time.
+  place, group = rank // G, rank % G
+  group = np.where(place % 2, G - 1 - group, group)
+
+  tokens, length = np.zeros((G, _parts(U, G), P), np.int32), np.ones((G, _parts(U, G)), np.int32)
+  tokens[group, place], length[group, place] = prompts.tokens, np.clip(prompts.length, 1, P)
+
+  queues = [np.flatnonzero(tasks.row_mask & (group[prompt] == g)) for g in range(G)]
+  room = _parts(Q, G)
+  while room < max(map(len, queues)):
+    room *= 2
+  dealt = np.full((G, room), -1)
+  for g, queue in enumerate(queues):
+    dealt[g, :len(queue)] = queue
+  here = np.maximum(dealt, 0)
+  return dealt, tokens, length, loop.Queue(
+      count=np.array([len(queue) for queue in queues], np.int32),
+      slot=place[prompt][here].astype(np.int32),
+      uid=tasks.uid[here].astype(np.uint32),
+      visit=tasks.visit[here].astype(np.int32),
+      sample=tasks.sample[here].astype(np.int32),
+      temperature=tasks.temperature[here].astype(np.float32),
+      top_p=tasks.top_p[here].astype(np.float32),
+      top_k=tasks.top_k[here].astype(np.int32),
+      min_p=tasks.min_p[here].astype(np.float32),
+  )
+
+
+def _check(prompts: PromptBatch, tasks: Tasks, vocab_size: int):
+  real, (U, P) = np.asarray(tasks.row_mask), prompts.tokens.shape
+
+  def refuse(name, values, wrong, allowed):
+    where = np.flatnonzero(wrong)
+    if where.size:
+      raise ValueError(f'{name}: got {values[where[0]]} at {where[0]} ({where.size} such); allowed: {allowed}.')
+
+  outside = (tasks.prompt < 0) | (tasks.prompt >= U)
+  refuse('tasks.prompt', tasks.prompt, real & outside, f'0 to {U - 1}, the index of a prompt')
+  used = np.zeros(U, bool)
+  used[tasks.prompt[real]] = True
+  refuse('prompts.row_mask', prompts.row_mask, used & ~prompts.row_mask, 'True for every prompt that a task names')
+  outside = (prompts.length < 1) | (prompts.length > P)
+  refuse('prompts.length', prompts.length, used & outside, f'1 to {P}')
+  inside = used[:, None] & (np.arange(P)[None, :] < prompts.length[:, None])
+  bad = inside & ((prompts.tokens < 0) | (prompts.tokens >= vocab_size))
+  refuse('prompts.tokens', prompts.tokens.ravel(), bad.ravel(), f'0 to {vocab_size - 1}, the ids of the model')
+  finite = np.isfinite(tasks.temperature) & (tasks.temperature >= 0)
+  refuse('tasks.temperature', tasks.temperature, real & ~finite, '0 (greedy) and above')
+  refuse('tasks.top_p', tasks.top_p, real & ~((tasks.top_p > 0) & (tasks.top_p <= 1)), 'above 0, to 1 (off)')
+  refuse('tasks.top_k', tasks.top_k, real & (tasks.top_k < 0), '0 (off) and above')
+  refuse('tasks.min_p', tasks.min_p, real & ~((tasks.min_p >= 0) & (tasks.min_p <= 1)), '0 (off) to 1')

@@ -1,0 +1,165 @@
+"""Rule-based GRPO (paper 2.4, 2.5): the judge is rewarded +1 for finding the best response, -1 otherwise.
+
+One step:
+    1. `batch` items by (seed, step); one order per item, drawn anew at each visit; G samples of that prompt
+    2. correct (Eq 10) -> reward -> group advantages; a verdict that does not parse is wrong
+    3. log-probabilities of the frozen reference, and pi_old (the sampler's own, or the learner's)
+    4. `updates` optimizer steps on the sampled token ids
+
+Departures, each a field: pi_old is the sampler's by default (`old_logp`); a group without signal gives zero
+advantages and is counted (`no_signal`).
+"""
+
+import time
+from typing import Any
+
+import numpy as np
+
+from spct_jax import sharding
+from spct_jax.algos import grpo, metrics, outcome
+from spct_jax.data import stream
+from spct_jax.judges import grm
+from spct_jax.stages import checks, fit, loading, processes
+from spct_jax.stages.progress import Progress
+from spct_jax.stages.workdir import Workdir
+from spct_jax.train import batches, objectives, update
+
+READS = ()
+WRITES = ('grpo/checkpoint', 'grpo/DONE.json')
+
+
+def run(config: Any, workdir: Workdir, mesh: Any, generate: Any = None) -> None:
+  """Trains `config.grpo.init` against itself frozen."""
+  checks.grpo(config, mesh)
+  fields = config.grpo
+  reads = (*loading.data_reads(config), *loading.model_reads(config, fields.init))
+  if workdir.is_done('grpo', config, reads):
+    return processes.say('grpo: done before')
+  tok = loading.tokenizer(config)
+  examples = loading.data(config).train
+  decoder = loading.model(config, tok)
+  settings = loading.judge_settings(config, fields, orders='group', single=config.judge.single)
+  bind = loading.generator(config, decoder, tok, mesh, generate)
+  workdir.start('grpo', config, reads)
+  reference = loading.params(config, fields.init, decoder, workdir, mesh)
+  token_logp = objectives.token_logp(decoder, mesh)
+  loss_fn = objectives.grpo_objective(
+      decoder, clip_eps=fields.clip_eps, kl_coef=fields.kl_coef, temperature=fields.temperature
+  )
+  with fit.open_session(config, workdir, mesh, stage='grpo', decoder=decoder) as session:
+    state, start = session.start(lambda: reference)
+    step_fn = update.make_step(
+        loss_fn,
+        session.optimizer,
+        microbatches=fields.microbatches,
+        mesh=mesh,
+        shardings=session.shardings,
+    )
+    if fields.steps == 0:
+      session.save(0, state)
+    with Progress(total=fields.steps, desc='grpo', start=start) as progress:
+      for step in range(start, fields.steps):
+        clock = {'start': time.perf_counter()}
+        chosen, visits = _items(config, examples, step)
+        judge = grm.Judge(bind('grpo', state['params']), tok, settings)
+        judged = grm.judge(judge, chosen, samples=fields.group, stage='grpo', visits=visits)
+        clock['sampled'] = time.perf_counter()
+        batch, measured = rows(judged, chosen, config=config, pad_id=tok.pad_id)
+        if batch is None:
+          processes.say(f'grpo: step {step}: every item of the batch is over-long; nothing to learn')
+          session.writer.write(step, measured, {})
+          progress.update(1)
+        else:
+          device = update.put_batch(batch, mesh)
+          device['ref_logp'] = token_logp(reference, device, fields.temperature)
+          device['old_logp'] = device['sampler_logp']
+          if fields.old_logp == 'learner':
+            device['old_logp'] = token_logp(state['params'], device, fields.temperature)
+          for inner in range(fields.updates):
+            state, new = step_fn(state, device)
+            if inner == 0:  # the gap between sampler and learner means something before the first update only
+              learned = new
+          learned = {name: float(value) for name, value in sharding.to_host(learned).items()}
+          now = time.perf_counter()
+          session.writer.write(
+              step,
+              {**learned, **measured},
+              {'sample_seconds': clock['sampled'] - clock['start'], 'learn_seconds': now - clock['sampled']},
+          )
+          progress.update(1, metrics={
+              'reward': measured['reward'], 'kl': learned['kl'], 'parse_failure': measured['parse_failure'],
+          })
+        if (step + 1) % fields.checkpoint_every == 0 or step + 1 == fields.steps:
+          session.save(step + 1, state)
+  workdir.mark_done('grpo', config, reads, WRITES)
+
+
+def _items(config, examples, step):
+  """The items of a step, and how often each was visited before: a pure function of (seed, step)."""
+  index, visits = stream.indices(
+      seed=config.seed, step=step, batch_size=config.grpo.batch, size=len(examples)
+  )
+  return tuple(examples[i] for i in index), [int(v) for v in visits]
+
+
+def rows(
+    judged: grm.Judged, examples: tuple, *, config: Any, pad_id: int
+) -> tuple[dict | None, dict[str, Any]]:
+  """The learner's batch of one step, and what to log of it; None if no item of the batch fits its prompt."""
+  fields = config.grpo
+  label = np.asarray([e.label for e in examples], np.int32)
+  scores, valid, mask = (
+      judged.judgments.scores, judged.judgments.valid, judged.judgments.response_mask,
+  )
+  correct = np.asarray(outcome.correct(scores, valid, label, mask))
+  reward = np.asarray(grpo.reward(correct))
+  advantage = np.asarray(grpo.advantages(reward, eps=fields.advantage_eps))
+  present = np.asarray([bool(group) for group in judged.grouped])
+  learnt, gains = [], []
+  for i, group in enumerate(judged.grouped):
+    for trajectory, gain in zip(group, advantage[i]):
+      learnt.append(batches.from_trajectory(trajectory))
+      gains.append(gain)
+  fitting = batches.fitting(learnt, tuple(fields.buckets)) if learnt else batches.Fitting((), ())
+  measured = measure(judged, correct, reward, label, present)
+  measured['rows_too_long'] = len(fitting.too_long)
+  if not fitting.keep:
+    return None, measured
+  batch = batches.pad(
+      [learnt[i] for i in fitting.keep],
+      num_rows=fields.batch * fields.group,
+      buckets=tuple(fields.buckets),
+      pad_id=pad_id,
+      columns={'advantage': np.asarray([gains[i] for i in fitting.keep], np.float32)},
+  )
+  return batch, measured
+
+
+def measure(judged, correct, reward, label, present) -> dict[str, Any]:
+  """The host side of a GRPO row: what the judge did, over the items that fitted."""
+  scores, valid, mask = (
+      judged.judgments.scores, judged.judgments.valid, judged.judgments.response_mask,
+  )
+  k, n = valid.shape[1], mask.shape[1]
+  order = np.full((len(judged.grouped), k, n), -1, np.int32)
+  lengths = []
+  for i, group in enumerate(judged.grouped):
+    for j, trajectory in enumerate(group):
+      order[i, j, : len(trajectory.order)] = trajectory.order
+      lengths.append(len(trajectory.token_ids))
+  drawn = np.broadcast_to(present[:, None], valid.shape)
+  by_slot, in_slot = metrics.accuracy_by_slot(correct, order, label, mask, drawn)
+  count = max(int(present.sum()), 1)
+  signal = np.asarray(grpo.has_signal(reward)) & present
+  return {
+      'reward': float(reward[present].mean()) if present.any() else 0.0,
+      'correct': float(correct[present].mean()) if present.any() else 0.0,
+      'no_signal': 1.0 - float(signal.sum()) / count,
+      'parse_failure': float(metrics.parse_failure_rate(valid, drawn)),
+      'ties': float(metrics.tie_rate(scores, valid, mask)),
+      'scores': np.asarray(metrics.score_histogram(scores, valid, mask)),
+      'slot_accuracy': np.asarray(by_slot),
+      'slot_count': np.asarray(in_slot),
+      'output_length': float(np.mean(lengths)) if lengths else 0.0,
+      'overlong': int((~present).sum()),
+  }

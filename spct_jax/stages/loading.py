@@ -1,0 +1,263 @@
+"""From the config to the objects that stages work with: tokenizer, items, model, parameters, judge.
+
+This is where a ConfigDict ends: everything below takes keyword arguments and small frozen settings.
+"""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from spct_jax import benchmarks, sharding, types
+from spct_jax.data import heldout
+from spct_jax.judges import grm, prompts
+from spct_jax.models.config import BlockConfig, ModelConfig
+from spct_jax.models.transformer import Transformer
+from spct_jax.sampling.engine import Engine
+from spct_jax.stages.workdir import Workdir
+from spct_jax.text import tokenizer as tokenizers
+from spct_jax.train import checkpoint, optim
+
+TRAINED = ('sft', 'rft', 'grpo')  # stages whose checkpoint is a language model
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+  """Items of a run: `train` for training and sampling, `heldout` for the evaluation, what was left out and why.
+
+  `contaminated` are held-out items whose conversation is in `train` too.
+  """
+
+  train: tuple[types.Example, ...]
+  heldout: tuple[types.Example, ...]
+  skipped: dict[str, list[str]]
+  contaminated: tuple[str, ...]
+
+
+def tokenizer(config: Any) -> tokenizers.Tokenizer:
+  return tokenizers.load(config.tokenizer.path)
+
+
+def data(config: Any) -> Data:
+  """Reads the preference file(s); labels are needed, so items without one are skipped and named."""
+  fields = config.data
+  loaded = benchmarks.load(
+      fields.path, reader=fields.reader, strict=config.strict, limit=fields.limit or None
+  )
+  skipped = dict(loaded.skipped)
+  if fields.eval_path:
+    held = benchmarks.load(
+        fields.eval_path,
+        reader=fields.eval_reader,
+        strict=config.strict,
+        limit=fields.eval_limit or None,
+    )
+    for reason, names in held.skipped.items():
+      skipped[reason] = [*skipped.get(reason, []), *names]
+    train, held = loaded.examples, held.examples
+  else:
+    parts = heldout.split(loaded.examples, fraction=fields.heldout, seed=config.seed)
+    train, held = parts.train, parts.held_out[: fields.eval_limit or None]
+  train, held = _labelled(train, skipped), _labelled(held, skipped)
+  if not train or not held:
+    raise ValueError(
+        f'{fields.path}: {len(train)} items with a label to train on and {len(held)} to evaluate; both are needed'
+    )
+  shared = heldout.contamination(train, held)
+  return Data(train, held, skipped, tuple(uid for both in shared for uid in both.held_out))
+
+
+def _labelled(examples, skipped):
+  bare = [example.uid for example in examples if example.label is None]
+  if bare:
+    skipped['no label'] = [*skipped.get('no label', []), *bare]
+  return tuple(example for example in examples if example.label is not None)
+
+
+def data_reads(config: Any) -> tuple[str, ...]:
+  """The data files that a stage's result depends on."""
+  return tuple(path for path in (config.data.path, config.data.eval_path) if path)
+
+
+def model_reads(config: Any, *names: str) -> tuple[str, ...]:
+  """What the parameters called `names` depend on: a trained stage's record, or the imported folder."""
+  found = []
+  for name in names:
+    if name == 'base':
+      found += [config.model.path] if config.model.path else []
+    elif name:
+      found.append(f'{name}/DONE.json')
+  return tuple(dict.fromkeys(found))
+
+
+def model(config: Any, tok: tokenizers.Tokenizer, *, head_kind: str = 'lm') -> Transformer:
+  """The decoder of the config page, or of the imported folder, with a language or a scalar head."""
+  fields = config.model
+  if fields.path:
+    from spct_jax.models import hf  # needs safetensors, which a random decoder does not
+    settings = hf.read_config(fields.path)
+    settings = dataclasses.replace(
+        settings, dtype=fields.dtype, param_dtype=fields.param_dtype, remat=fields.remat
+    )
+    if tok.vocab_size > settings.vocab_size:
+      raise ValueError(
+          f'the tokenizer {config.tokenizer.path!r} has {tok.vocab_size} tokens, but the model in '
+          f'{fields.path!r} embeds {settings.vocab_size}; give the tokenizer that belongs to the model'
+      )
+  else:
+    blocks = lambda windows: tuple(
+        BlockConfig(window=window or None, rope_theta=fields.rope_theta) for window in windows
+    )
+    settings = ModelConfig(
+        vocab_size=tok.vocab_size,
+        width=fields.width,
+        heads=fields.heads,
+        kv_heads=fields.kv_heads,
+        head_dim=fields.head_dim,
+        ffn=fields.ffn,
+        head=blocks(fields.head_windows),
+        period=blocks(fields.period_windows),
+        num_periods=fields.num_periods,
+        remainder=blocks(fields.remainder_windows),
+        vocab_multiple=fields.vocab_multiple,
+        tied=fields.tied,
+        norm_eps=fields.norm_eps,
+        qkv_bias=fields.qkv_bias,
+        qk_norm=fields.qk_norm,
+        dtype=fields.dtype,
+        param_dtype=fields.param_dtype,
+        remat=fields.remat,
+    )
+  return Transformer(dataclasses.replace(settings, head_kind=head_kind))
+
+
+def rules(config: Any) -> sharding.Rules:
+  return tuple((pattern, tuple(spec)) for pattern, spec in config.sharding.rules)
+
+
+def cache_rules(config: Any) -> sharding.Rules:
+  return tuple((pattern, tuple(spec)) for pattern, spec in config.sharding.cache_rules)
+
+
+def params(config: Any, name: str, decoder: Transformer, workdir: Workdir, mesh: Any) -> Any:
+  """Parameters of 'base' (imported or random) or of a finished stage, sharded for the learner.
+
+  A decoder with a scalar head takes its backbone from there and a fresh head.
+  """
+  layout = sharding.tree_shardings(decoder.abstract_params(), rules(config), mesh)
+  fresh = jax.jit(decoder.init, out_shardings=layout)
+  key = jax.random.key(config.seed)
+  if name == 'base':
+    if not config.model.path:
+      return fresh(key)
+    from spct_jax.models import hf
+    _, imported = hf.load(
+        config.model.path, dtype=config.model.param_dtype, mesh=mesh, rules=rules(config)
+    )
+    if decoder.config.head_kind == 'lm' or 'reward' in imported:
+      return imported
+    start = fresh(key)
+    return {**{k: v for k, v in imported.items() if k in start}, 'reward': start['reward']}
+  folder = workdir.stage_dir(name) / 'checkpoint'
+  if not (workdir.stage_dir(name) / 'DONE.json').exists():
+    raise ValueError(
+        f'model {name!r}: {folder} holds no finished training; run --config.stage={name} on this workdir first'
+    )
+  return checkpoint.load_params(folder, decoder, layout, key=key)
+
+
+def optim_settings(stage: Any) -> optim.OptimSettings:
+  """The optimizer fields that every training stage has on its config page."""
+  schedule = stage.schedule
+  if schedule == 'constant' and stage.warmup_steps:
+    schedule = 'warmup_constant'
+  return optim.OptimSettings(
+      schedule=schedule,
+      learning_rate=stage.lr,
+      warmup_steps=stage.warmup_steps,
+      total_steps=max(stage.steps * (stage.updates if 'updates' in stage else 1), 1),
+      end_fraction=stage.final_lr / stage.lr if stage.lr else 0.0,
+      b1=stage.b1,
+      b2=stage.b2,
+      eps=stage.eps,
+      weight_decay=stage.weight_decay,
+      clip_norm=stage.clip_norm,
+  )
+
+
+def judge_settings(config: Any, section: Any, *, orders: str, single: str) -> grm.Settings:
+  """How a stage prompts and samples: the judge's page and the stage's own sampling fields."""
+  fields = config.judge
+  return grm.Settings(
+      template=prompts.load_template(fields.template),
+      orders=orders,
+      single=single,
+      given_principles=fields.given_principles,
+      reference_answer=fields.reference_answer,
+      buckets=tuple(fields.buckets),
+      chunk_prompts=fields.chunk_prompts,
+      chunk_tasks=fields.chunk_tasks,
+      temperature=section.temperature,
+      top_p=section.top_p,
+      top_k=section.top_k,
+      min_p=section.min_p,
+      seed=config.seed,
+  )
+
+
+def engine(config: Any, decoder: Transformer, tok: tokenizers.Tokenizer, mesh: Any, stage: str) -> Engine:
+  """The sampler of a stage; its randomness is keyed by the stage's name."""
+  dtype = config.model.sampler_dtype
+  return Engine(
+      Transformer(dataclasses.replace(decoder.config, dtype=dtype, param_dtype=dtype, remat=False)),
+      mesh=mesh,
+      cache_rules=cache_rules(config),
+      rows=config.judge.rows,
+      max_new_tokens=config.judge.max_new_tokens,
+      eos_ids=tok.eos_ids,
+      seed=config.seed,
+      stage=stage,
+  )
+
+
+@functools.lru_cache(maxsize=None)
+def _cast(dtype: str):
+  return jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf.astype(dtype), tree))
+
+
+def sampler_view(config: Any, learner_params: Any) -> tuple[Any, dict[str, float]]:
+  """The sampler's copy of the parameters in its dtype, and its cost {'view_bytes', 'view_seconds'}.
+
+  With equal dtypes it is the learner's own arrays and costs nothing (design decision 3).
+  """
+  dtype = config.model.sampler_dtype
+  if all(leaf.dtype == np.dtype(dtype) for leaf in jax.tree.leaves(learner_params)):
+    return learner_params, {'view_bytes': 0.0, 'view_seconds': 0.0}
+  start = time.perf_counter()
+  view = jax.block_until_ready(_cast(dtype)(learner_params))
+  size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(view))
+  return view, {'view_bytes': float(size), 'view_seconds': time.perf_counter() - start}
+
+
+Factory = Callable[[str, Any], grm.Generate]
+
+
+def generator(
+    config: Any, decoder: Transformer, tok: tokenizers.Tokenizer, mesh: Any, generate: Factory | None
+) -> Factory:
+  """`(stage, params) -> Generate`: the given one, or the engine, compiled once per stage."""
+  if generate is not None:
+    return generate
+  engines: dict[str, Engine] = {}
+
+  def bind(stage, learner_params):
+    if stage not in engines:
+      engines[stage] = engine(config, decoder, tok, mesh, stage)
+    view, _ = sampler_view(config, learner_params)
+    return lambda prompts_, tasks, infos: engines[stage].generate(view, prompts_, tasks)
+
+  return bind

@@ -1,0 +1,165 @@
+"""The meta reward model: learns which trajectories are right (paper 2.7).
+
+    data    the sample stage's plain trajectories, and `samples` per item from the policy to be guided,
+            right and wrong, each in the order that its sample saw
+    target  Eq 10 on the trajectory's own scores; a trajectory that does not parse is a negative
+    loss    binary cross-entropy on the scalar at the last token
+
+A share of the items is held out - all their trajectories with them - and measures ROC-AUC.
+"""
+
+import functools
+import json
+from typing import Any
+
+import numpy as np
+
+from spct_jax import sharding, types
+from spct_jax.algos import metrics, outcome
+from spct_jax.data import heldout, stream
+from spct_jax.judges import grm, meta
+from spct_jax.stages import checks, drawing, fit, loading, processes
+from spct_jax.stages.workdir import Workdir
+from spct_jax.train import batches, objectives, update
+
+READS = ('sample/trajectories.jsonl',)
+WRITES = ('meta_rm/trajectories.jsonl', 'meta_rm/data.json', 'meta_rm/checkpoint', 'meta_rm/DONE.json')
+
+
+def targets(
+    examples: tuple[types.Example, ...], grouped: list[list[types.Trajectory]]
+) -> list[np.ndarray]:
+  """bool[len(group)] per item: whether each trajectory is right by Eq 10."""
+  judged = grm.judgments([len(e.responses) for e in examples], grouped)
+  label = np.asarray([e.label for e in examples], np.int32)
+  if not judged.valid.size:
+    return [np.zeros(0, bool) for _ in examples]
+  correct = np.asarray(
+      outcome.correct(judged.scores, judged.valid, label, judged.response_mask)
+  )
+  return [correct[i, : len(group)] for i, group in enumerate(grouped)]
+
+
+def scorer(decoder: Any, params: Any, mesh: Any) -> meta.Score:
+  """Host arrays in and out: the meta-RM as a function of padded token ids."""
+  logit = objectives.meta_logit(decoder, mesh)
+
+  def score(tokens, lengths):
+    batch = update.put_batch({'tokens': tokens, 'lengths': lengths}, mesh)
+    return np.asarray(sharding.to_host(logit(params, batch)))
+
+  return score
+
+
+def run(config: Any, workdir: Workdir, mesh: Any, generate: Any = None) -> None:
+  """Samples the policy, then trains the scalar head and its backbone on all trajectories."""
+  checks.training(config, mesh, 'meta_rm')
+  checks.sampling(config, 'meta_rm')
+  fields = config.meta_rm
+  reads = (
+      *READS,
+      *loading.data_reads(config),
+      *loading.model_reads(config, fields.init, fields.policy),
+  )
+  if workdir.is_done('meta_rm', config, reads):
+    return processes.say('meta_rm: done before')
+  tok = loading.tokenizer(config)
+  data = loading.data(config)
+  settings = loading.judge_settings(
+      config, fields, orders=config.sample.orders, single=config.judge.single
+  )
+  folder = workdir.start('meta_rm', config, reads)
+
+  lm = loading.model(config, tok)
+  policy = loading.params(config, fields.policy, lm, workdir, mesh)
+  judge = grm.Judge(loading.generator(config, lm, tok, mesh, generate)('meta_rm', policy), tok, settings)
+  planned = grm.plan(judge, data.train, samples=fields.samples, stage='meta_rm')
+  drawing.name_overlong(data.train, planned.overlong, limit=settings.buckets[-1], desc='meta_rm')
+  own = drawing.draw(judge, planned, folder / 'trajectories.jsonl', desc='meta_rm, sampling')
+  del policy, judge
+
+  earlier = drawing.load(workdir.path / READS[0])
+  train, held = _rows(config, data.train, (earlier, own), settings, tok)
+  right = sum(target for _, target in train)
+  summary = {
+      'trajectories': len(train),
+      'right': int(right),
+      'wrong': int(len(train) - right),
+      'heldout_trajectories': len(held),
+  }
+  processes.say('meta_rm: ' + ', '.join(f'{name} {count}' for name, count in summary.items()))
+  if not train:
+    raise ValueError(
+        'meta_rm: no trajectory fits meta_rm.buckets, so there is nothing to learn from; raise the last bucket'
+    )
+  if right in (0, len(train)):
+    processes.say(
+        f'meta_rm: all {len(train)} trajectories are {"right" if right else "wrong"}, so it cannot tell them apart; '
+        'its guidance is no better than chance'
+    )
+
+  decoder = loading.model(config, tok, head_kind='scalar')
+
+  def batch_of(step):
+    index, _ = stream.indices(
+        seed=config.seed, step=step, batch_size=fields.batch, size=len(train)
+    )
+    return batches.pad(
+        [train[i][0] for i in index],
+        num_rows=fields.batch,
+        buckets=tuple(fields.buckets),
+        pad_id=tok.pad_id,
+        columns={'target': np.asarray([train[i][1] for i in index], bool)},
+    )
+
+  params = fit.fit(
+      config,
+      workdir,
+      mesh,
+      stage='meta_rm',
+      decoder=decoder,
+      params=functools.partial(loading.params, config, fields.init, decoder, workdir, mesh),
+      loss_fn=objectives.meta_rm_objective(decoder),
+      batch_of=batch_of,
+      steps=fields.steps,
+  )
+  score = scorer(decoder, params, mesh)
+  for name, rows in (('train', train), ('heldout', held)):
+    logits = meta.score(
+        score,
+        [row.prompt_ids + row.completion_ids for row, _ in rows],
+        buckets=tuple(fields.buckets),
+        batch_rows=fields.batch,
+        pad_id=tok.pad_id,
+    )
+    positive = np.asarray([target for _, target in rows], bool)
+    both = 0 < positive.sum() < len(rows)
+    summary[f'auc_{name}'] = float(metrics.roc_auc(logits, positive)) if both else None
+  processes.say(f'meta_rm: ROC-AUC train {summary["auc_train"]}, held out {summary["auc_heldout"]}')
+  processes.write_once(folder / 'data.json', json.dumps(summary, indent=2) + '\n')
+  workdir.mark_done('meta_rm', config, reads, WRITES)
+
+
+def _rows(config, examples, sources, settings, tok):
+  """([(row, target)] to train on, the same of held-out items); over-long trajectories are named."""
+  parts = heldout.split(examples, fraction=config.meta_rm.heldout, seed=config.seed + 1)
+  out = []
+  for part in (parts.train, parts.held_out):
+    found, wanted = [], []
+    for drawn in sources:
+      grouped = grm.group(part, drawn)
+      for example, group, right in zip(part, grouped, targets(part, grouped)):
+        for trajectory, target in zip(group, right):
+          prompt = meta.prompt_ids(
+              example, trajectory.order, template=settings.template, tokenizer=tok
+          )
+          found.append(batches.Row(f'{example.uid} sample {trajectory.sample}', prompt, trajectory.token_ids))
+          wanted.append(bool(target))
+    fitting = batches.fitting(found, tuple(config.meta_rm.buckets))
+    if fitting.too_long:
+      processes.say(
+          f'meta_rm: {len(fitting.too_long)} trajectories are too long and left out: '
+          + '; '.join(fitting.too_long[:5])
+      )
+    out.append([(found[i], wanted[i]) for i in fitting.keep])
+  return out

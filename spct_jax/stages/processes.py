@@ -1,0 +1,69 @@
+"""What one of several processes does for all of them: writing files, printing, and deciding.
+
+Every process runs the same program. A decision that changes what is dispatched must be the same in all
+of them, so it is taken in process 0 and handed round.
+"""
+
+import os
+import pathlib
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+
+def is_writer() -> bool:
+  """True in the one process that writes files and prints."""
+  return jax.process_index() == 0
+
+
+def say(*lines: str) -> None:
+  """Prints lines for a person, from process 0."""
+  if is_writer():
+    print('\n'.join(lines), flush=True)
+
+
+def barrier(name: str) -> None:
+  """Waits until every process has come here; `name` must be the same in all of them."""
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(name)
+
+
+def as_writer_says(function: Callable[[], bool], *, what: str) -> bool:
+  """Calls `function` in process 0 and returns its answer in all of them.
+
+  Raises:
+    Exception: in process 0, whatever `function` raised; in the others a ValueError that names `what`.
+  """
+  answer, error = -1, None
+  if is_writer():
+    try:
+      answer = int(function())
+    except Exception as caught:  # Raised below, once the other processes know of it; else they would wait forever.
+      error = caught
+  if jax.process_count() > 1:
+    answer = int(multihost_utils.broadcast_one_to_all(np.int32(answer)))
+  if error is not None:
+    raise error
+  if answer < 0:
+    raise ValueError(f'process 0 stopped at {what!r}; its message says why')
+  return bool(answer)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+  """Writes a whole file at once: a reader sees the old content or the new one, never half of it."""
+  path = pathlib.Path(path)
+  partial = path.with_name(f'.{path.name}.partial')
+  with open(partial, 'w', encoding='utf-8') as file:
+    file.write(text)
+    file.flush()
+    os.fsync(file.fileno())
+  os.replace(partial, path)
+
+
+def write_once(path: str | os.PathLike[str], text: str) -> None:
+  """`write_text` in process 0; the others wait until it is there."""
+  if is_writer():
+    write_text(path, text)
+  barrier(f'written {pathlib.Path(path).name}')

@@ -1,0 +1,77 @@
+"""Rejective sampling, first half: N_RFT plain and one hinted sample per item (paper 2.3).
+
+Every trajectory is recorded, right or wrong: the wrong ones are the meta-RM's negatives. What is
+kept is decided by the rft stage.
+"""
+
+import json
+from typing import Any
+
+import numpy as np
+
+from spct_jax.algos import outcome
+from spct_jax.judges import grm
+from spct_jax.stages import checks, drawing, loading, processes
+from spct_jax.stages.workdir import Workdir
+
+READS = ()
+WRITES = (
+    'sample/trajectories.jsonl',
+    'sample/hinted.jsonl',
+    'sample/items.json',
+    'sample/DONE.json',
+)
+
+
+def run(config: Any, workdir: Workdir, mesh: Any, generate: Any = None) -> None:
+  """Draws `config.sample.samples` trajectories per training item from `config.sample.model`."""
+  checks.sampling(config, 'sample')
+  fields = config.sample
+  reads = (*loading.data_reads(config), *loading.model_reads(config, fields.model))
+  if workdir.is_done('sample', config, reads):
+    return processes.say('sample: done before')
+  tok = loading.tokenizer(config)
+  data = loading.data(config)
+  decoder = loading.model(config, tok)
+  settings = loading.judge_settings(config, fields, orders=fields.orders, single=config.judge.single)
+  folder = workdir.start('sample', config, reads)
+  params = loading.params(config, fields.model, decoder, workdir, mesh)
+  bind = loading.generator(config, decoder, tok, mesh, generate)
+  judge = grm.Judge(bind('sample', params), tok, settings)
+  planned = grm.plan(judge, data.train, samples=fields.samples, stage='sample')
+  overlong = drawing.name_overlong(
+      data.train, planned.overlong, limit=settings.buckets[-1], desc='sample'
+  )
+  drawn = drawing.draw(judge, planned, folder / 'trajectories.jsonl', desc='sample')
+
+  hinted_path = folder / 'hinted.jsonl'
+  if fields.hinted_samples:
+    examples = data.train
+    if fields.hinted_items == 'unsolved':
+      examples = unsolved(data.train, drawn)
+    hinted_judge = grm.Judge(bind('hinted', params), tok, settings)
+    hinted = grm.plan(
+        hinted_judge, examples, samples=fields.hinted_samples, stage='hinted', hinted=True
+    )
+    drawing.draw(hinted_judge, hinted, hinted_path, desc='sample, hinted')
+  else:
+    drawing.save(hinted_path, ())
+
+  items = {
+      'train': [example.uid for example in data.train],
+      'overlong': overlong,
+      'skipped': data.skipped,
+  }
+  processes.write_once(folder / 'items.json', json.dumps(items, indent=2) + '\n')
+  workdir.mark_done('sample', config, reads, WRITES)
+
+
+def unsolved(examples, drawn):
+  """Items none of whose plain samples is right (paper 2.3 leaves open which items are hinted)."""
+  grouped = grm.group(examples, drawn)
+  judged = grm.judgments([len(e.responses) for e in examples], grouped)
+  label = np.asarray([e.label for e in examples], np.int32)
+  correct = np.asarray(
+      outcome.correct(judged.scores, judged.valid, label, judged.response_mask)
+  )
+  return tuple(e for e, right in zip(examples, correct.any(axis=1)) if not right)

@@ -1,0 +1,72 @@
+"""Supervised fine-tuning on general instruction data: the warm start before any judging.
+
+Rows are conversations; the loss is on the last answer only (paper section 3: completion only).
+"""
+
+import functools
+from typing import Any
+
+from spct_jax.data import instructions, stream
+from spct_jax.stages import checks, fit, loading, processes
+from spct_jax.stages.workdir import Workdir
+from spct_jax.text import chat, encode
+from spct_jax.text.tokenizer import Tokenizer
+from spct_jax.train import batches, objectives
+
+READS = ()
+WRITES = ('sft/checkpoint', 'sft/DONE.json')
+
+
+def rows(path: str, tok: Tokenizer, buckets: tuple[int, ...], *, what: str) -> tuple[batches.Row, ...]:
+  """Instruction rows as token ids; over-long ones are counted, named and left out."""
+  found = []
+  for item in instructions.load(path).examples:
+    prompt = encode.encode(chat.wrap_messages(item.messages, tok), tok)
+    completion = (*tok.encode_data(item.responses[0]), tok.eos_ids[0])
+    found.append(batches.Row(item.uid, tuple(prompt), completion))
+  fitting = batches.fitting(found, buckets)
+  if fitting.too_long:
+    processes.say(
+        f'{what}: {len(fitting.too_long)} rows are too long and left out: {"; ".join(fitting.too_long[:5])}'
+    )
+  if not fitting.keep:
+    raise ValueError(
+        f'{path}: none of {len(found)} instruction rows fits {buckets[-1]} tokens; raise {what}.buckets'
+    )
+  return tuple(found[i] for i in fitting.keep)
+
+
+def run(config: Any, workdir: Workdir, mesh: Any, generate: Any = None) -> None:
+  """Trains `config.sft.init` on `config.data.instructions`."""
+  del generate
+  checks.training(config, mesh, 'sft')
+  reads = (config.data.instructions, *loading.model_reads(config, config.sft.init))
+  if workdir.is_done('sft', config, reads):
+    return processes.say('sft: done before')
+  tok = loading.tokenizer(config)
+  data = rows(config.data.instructions, tok, tuple(config.sft.buckets), what='sft')
+  decoder = loading.model(config, tok)
+  workdir.start('sft', config, reads)
+
+  def batch_of(step):
+    index, _ = stream.indices(seed=config.seed, step=step, batch_size=config.sft.batch, size=len(data))
+    return batches.pad(
+        [data[i] for i in index],
+        num_rows=config.sft.batch,
+        buckets=tuple(config.sft.buckets),
+        pad_id=tok.pad_id,
+        columns={},
+    )
+
+  fit.fit(
+      config,
+      workdir,
+      mesh,
+      stage='sft',
+      decoder=decoder,
+      params=functools.partial(loading.params, config, config.sft.init, decoder, workdir, mesh),
+      loss_fn=objectives.sft_objective(decoder),
+      batch_of=batch_of,
+      steps=config.sft.steps,
+  )
+  workdir.mark_done('sft', config, reads, WRITES)

@@ -1,0 +1,1 @@
+"""Stand-ins and tiny models that the tests share; nothing else imports this."""

@@ -1,0 +1,49 @@
+"""An engine that answers from a script: every stage, vote and report can be checked to the digit.
+
+It takes the place of `Engine.generate` (same call, same arrays out), so everything around it - orders, prompts,
+chunks, parsing, votes, training on the written tokens, resuming - is the product's own code.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from spct_jax import types
+from spct_jax.text.tokenizer import Tokenizer
+
+
+class ScriptedEngine:
+  """Writes `script(info)` for each task; `info` tells uid, sample, visit, shown order and hint.
+
+  A text is cut at `max_new_tokens`, as a model's is, and ends in the end-of-sequence token if there is room.
+  """
+
+  def __init__(self, tokenizer: Tokenizer, script: Callable[[types.TaskInfo], str], *, max_new_tokens: int):
+    self._tokenizer = tokenizer
+    self._script = script
+    self._length = max_new_tokens
+    self.calls: list[tuple[types.TaskInfo, ...]] = []
+
+  def __call__(
+      self, prompts: types.PromptBatch, tasks: types.Tasks, infos: tuple[types.TaskInfo, ...]
+  ) -> types.Rollouts:
+    self.calls.append(infos)
+    rows = len(tasks.prompt)
+    tokens = np.full((rows, self._length), self._tokenizer.pad_id, np.int32)
+    mask = np.zeros((rows, self._length), bool)
+    for row, info in enumerate(infos):
+      ids = [*self._tokenizer.encode_data(self._script(info)), self._tokenizer.eos_ids[0]]
+      ids = ids[: self._length]
+      tokens[row, : len(ids)] = ids
+      mask[row, : len(ids)] = True
+    return types.Rollouts(tokens, np.where(mask, np.float32(-1), np.float32(0)), mask)
+
+
+def verdict(info: types.TaskInfo, scores: tuple[int, ...]) -> str:
+  """A well-formed judgement that gives `scores` (in the example's own order) in the order that was shown."""
+  shown = ', '.join(str(scores[response]) for response in info.order)
+  return (
+      'Specific Criteria: Accuracy (60%), Clarity (40%)\n'
+      'Analysis: One response answers the query more fully.\n'
+      f'Scores: \\boxed{{{shown}}}'
+  )

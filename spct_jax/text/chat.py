@@ -1,0 +1,114 @@
+"""Puts a user message into a tokenizer's own chat template, up to where the assistant's answer begins.
+
+The template is rendered once with a placeholder for the message and split there, so the message itself
+never passes through it: its data spans stay data, and no template can trim, search or escape them. A
+template that opens the assistant's turn by itself (some fine-tunes do, whatever add_generation_prompt
+says) is taken as it is; one that leaves it closed is opened with the header it gives to an assistant's
+message. A tokenizer without a template gets plain `User:` and `Assistant:` lines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+import functools
+from typing import Any
+
+from spct_jax.types import Message, Span
+
+# No template contains these, and none finds anything in them to trim or to split.
+_USER, _ASSISTANT = 'QxUserTurnxQ', 'QxAssistantTurnxQ'
+_PLAIN = ('User:\n', '\n\nAssistant:\n')
+
+
+def wrap(spans: Sequence[Span], tokenizer: Any) -> list[Span]:
+  """The spans of a user message, between the frame that opens it and the one that opens the answer."""
+  head, tail = frame(tokenizer.hf)
+  return [Span(head, data=False), *spans, Span(tail, data=False)]
+
+
+def wrap_messages(messages: Sequence[Message], tokenizer: Any) -> list[Span]:
+  """The spans of a conversation that ends with the user, up to where the assistant's answer begins.
+
+  Every content is data. One user turn alone gives what `wrap` gives.
+  """
+  if not messages or messages[-1].role != 'user':
+    raise ValueError(
+        f'chat: a conversation to be answered ends with a user turn; got roles {[m.role for m in messages]}'
+    )
+  if len(messages) == 1:
+    return wrap([Span(messages[0].content, data=True)], tokenizer)
+  template = template_text(tokenizer.hf)
+  if template is None:
+    head, tail = frame(tokenizer.hf)
+    spans = [Span(head.removesuffix(_PLAIN[0]), data=False)]
+    for i, message in enumerate(messages):
+      label = f'{message.role.capitalize()}:\n'
+      spans += [Span('\n\n' + label if i else label, data=False), Span(message.content, data=True)]
+    return [*spans, Span(tail, data=False)]
+  places = [f'QxTurn{i}xQ' for i in range(len(messages))]
+  turns = [(message.role, place) for message, place in zip(messages, places)]
+  rest = _render(tokenizer.hf, [*turns, ('assistant', _ASSISTANT)], add_generation_prompt=False)
+  spans = []
+  for message, place in zip(messages, places):
+    before, rest = _split(rest, place)
+    spans += [Span(before, data=False), Span(message.content, data=True)]
+  # What follows the last turn is what follows a lone one, thinking blocks of the template included.
+  return [*spans, Span(frame(tokenizer.hf)[1], data=False)]
+
+
+def frame(hf: Any) -> tuple[str, str]:
+  """The text before and after a user message, for a Hugging Face tokenizer."""
+  return _frame(hf, template_text(hf))
+
+
+@functools.lru_cache(maxsize=16)
+def _frame(hf: Any, template: str | None) -> tuple[str, str]:
+  if template is None:
+    return (hf.bos_token if _adds_bos(hf) else '') + _PLAIN[0], _PLAIN[1]
+  asked = _render(hf, [('user', _USER)], add_generation_prompt=True)
+  head, tail = _split(asked, _USER)
+  if asked == _render(hf, [('user', _USER)], add_generation_prompt=False):
+    turns = _render(hf, [('user', _USER), ('assistant', _ASSISTANT)], add_generation_prompt=False)
+    between = _split(_split(turns, _USER)[1], _ASSISTANT)[0]
+    tail = between if between.startswith(tail) else tail
+  return head, tail
+
+
+def turn_end(hf: Any) -> int | None:
+  """The id of the special token with which the template ends an assistant's turn, if it does."""
+  if template_text(hf) is None:
+    return None
+  turns = _render(hf, [('user', _USER), ('assistant', _ASSISTANT)], add_generation_prompt=False)
+  after = _split(turns, _ASSISTANT)[1].lstrip()
+  special = set(hf.all_special_ids) | set(hf.added_tokens_decoder)
+  ids = hf.encode(after, add_special_tokens=False)
+  return ids[0] if ids and ids[0] in special else None
+
+
+def template_text(hf: Any) -> str | None:
+  """The template that answers a plain conversation, of the one or several that a tokenizer has."""
+  templates = hf.chat_template
+  return templates.get('default') if isinstance(templates, dict) else templates
+
+
+def _render(hf: Any, turns: list[tuple[str, str]], add_generation_prompt: bool) -> str:
+  messages = [{'role': role, 'content': content} for role, content in turns]
+  try:
+    return hf.apply_chat_template(
+        messages, chat_template=template_text(hf), tokenize=False, add_generation_prompt=add_generation_prompt
+    )
+  except Exception as error:  # Templates are programs: they raise whatever they like.
+    raise ValueError(f"chat template: it cannot render a {turns[-1][0]}'s turn: {error}; correct the tokenizer's "
+                     'chat_template, or remove it to get plain User: and Assistant: lines') from error
+
+
+def _split(text: str, placeholder: str) -> tuple[str, str]:
+  if text.count(placeholder) != 1:
+    raise ValueError(f'chat template: a message came out {text.count(placeholder)} times, expected once; '
+                     "correct the tokenizer's chat_template")
+  before, after = text.split(placeholder)
+  return before, after
+
+
+def _adds_bos(hf: Any) -> bool:
+  return hf.bos_token_id is not None and hf.encode('a', add_special_tokens=True)[:1] == [hf.bos_token_id]

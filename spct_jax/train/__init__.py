@@ -1,0 +1,1 @@
+"""Training: state, optimizer, batches, objectives, the update step, checkpoints."""

@@ -1,0 +1,105 @@
+"""The order of the data: epochs are permutations, and cutting it into batches changes nothing."""
+
+import numpy as np
+import pytest
+
+from spct_jax.data import stream
+
+
+def sequence(seed, batch_size, size, length):
+  parts = [stream.indices(seed, step, batch_size, size) for step in range(-(-length // batch_size))]
+  row, visit = (np.concatenate(column)[:length] for column in zip(*parts, strict=True))
+  return row, visit
+
+
+# Mutations seen to fail: a permutation that ignores the epoch; one that ignores the seed; `visit` =
+# step * batch // size.
+@pytest.mark.parametrize('size', [1, 2, 7, 30])
+def test_every_epoch_is_a_permutation(size):
+  row, visit = sequence(3, 4, size, 5 * size)
+  assert row.dtype == np.int64 and visit.dtype == np.int32
+  epochs = row.reshape(5, size)
+  assert (np.sort(epochs, axis=1) == np.arange(size)).all()
+  assert (visit.reshape(5, size) == np.arange(5)[:, None]).all()
+  if size == 30:
+    assert len({tuple(epoch) for epoch in epochs}) == 5
+
+
+# Mutation seen to fail: epochs that begin anew with each batch (position = i in place of step *
+# batch + i).
+@pytest.mark.parametrize('batch_size', [1, 2, 3, 5, 8, 64])
+def test_the_sequence_does_not_depend_on_the_batch_size(batch_size):
+  for size in (1, 4, 13):
+    for column, expected in zip(
+      sequence(5, batch_size, size, 60), sequence(5, 7, size, 60), strict=True
+    ):
+      np.testing.assert_array_equal(column, expected)
+
+
+def test_resumed_is_uninterrupted_and_seeds_differ():
+  before = [stream.indices(1, step, 6, 20)[0].tolist() for step in range(10)]
+  stream._permutation.cache_clear()
+  assert [stream.indices(1, step, 6, 20)[0].tolist() for step in range(9, -1, -1)] == before[::-1]
+  assert sequence(1, 5, 20, 20)[0].tolist() != sequence(2, 5, 20, 20)[0].tolist()
+  # The order is part of the meaning of a checkpoint: it may never change between versions.
+  assert stream.indices(0, 0, 8, 8)[0].tolist() == [0, 2, 1, 5, 4, 3, 6, 7]
+
+
+def test_visits_are_those_of_indices():
+  for step in range(8):
+    np.testing.assert_array_equal(stream.visits(step, 5, 7), stream.indices(0, step, 5, 7)[1])
+
+
+def test_the_page_of_the_docstring():
+  np.testing.assert_array_equal(stream.visits(0, 6, 3), [0, 0, 0, 1, 1, 1])
+
+
+def test_the_rows_that_come_back_cannot_be_spoilt():
+  row, _ = stream.indices(0, 0, 4, 4)
+  row[:] = -1
+  assert (np.sort(stream.indices(0, 0, 4, 4)[0]) == np.arange(4)).all()
+
+
+# Mutations seen to fail: rounding the share per batch; a float product (0.29 * 100 < 29); one
+# ordinal for both sources.
+@pytest.mark.parametrize('fraction', [0.0, 0.1, 0.25, 0.29, 1 / 3, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize('batch_size', [1, 3, 16])
+def test_a_mix_is_in_proportion_from_the_first_row_on(fraction, batch_size):
+  sizes, length = (11, 5), 240
+  parts = [stream.mix(4, step, batch_size, sizes, fraction) for step in range(length // batch_size)]
+  source, row, visit = (np.concatenate(column) for column in zip(*parts, strict=True))
+  taken = np.cumsum(source)
+  share = np.arange(1, length + 1) * fraction
+  assert (np.abs(taken - share) < 1 + 1e-3).all()
+  assert taken[99] == round(100 * fraction - 1e-9 if fraction != 1 / 3 else 33)
+  for which, size in enumerate(sizes):
+    mine, times = row[source == which], visit[source == which]
+    np.testing.assert_array_equal(times, np.arange(len(mine)) // size)
+    for epoch in range(len(mine) // size):
+      assert sorted(mine[times == epoch]) == list(range(size))
+
+
+def test_a_mix_does_not_depend_on_the_batch_size():
+  whole = stream.mix(0, 0, 120, (9, 4), 0.3)
+  for batch_size in (1, 7, 40):
+    parts = [stream.mix(0, step, batch_size, (9, 4), 0.3) for step in range(-(-120 // batch_size))]
+    for column, expected in zip(zip(*parts, strict=True), whole, strict=True):
+      np.testing.assert_array_equal(np.concatenate(column)[:120], expected)
+
+
+def test_the_two_sources_have_orders_of_their_own():
+  source, row, _ = stream.mix(0, 0, 80, (40, 40), 0.5)
+  assert row[source == 0].tolist() != row[source == 1].tolist()
+
+
+def test_mistakes():
+  for arguments in ((0, 0, 0, 5), (0, -1, 2, 5), (-1, 0, 2, 5)):
+    with pytest.raises(ValueError, match='expected seed >= 0, step >= 0 and batch_size >= 1, got'):
+      stream.indices(*arguments)
+  with pytest.raises(ValueError, match='without rows'):
+    stream.indices(0, 0, 2, 0)
+  with pytest.raises(ValueError, match='without rows'):
+    stream.mix(0, 0, 4, (5, 0), 0.1)
+  assert (stream.mix(0, 0, 4, (5, 0), 0.0)[0] == 0).all()  # an unused source may be empty
+  with pytest.raises(ValueError, match='fraction is the share of the second source'):
+    stream.mix(0, 0, 4, (5, 5), 1.5)

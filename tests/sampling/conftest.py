@@ -1,0 +1,95 @@
+"""Prompts, tasks and engines that the engine's tests share; equal shapes, so that they compile once."""
+
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from spct_jax.models.transformer import Transformer
+from spct_jax.sampling.engine import Engine
+from spct_jax.testing import tiny
+from spct_jax.types import PromptBatch, Tasks
+
+EOS = (3, 17, 40)
+
+
+def make_prompts(vocabulary: int, lengths=(8, 1, 5, 2, 7), P: int = 8, seed: int = 0) -> PromptBatch:
+  U = len(lengths)
+  tokens = np.random.default_rng(seed).integers(0, vocabulary, (U, P)).astype(np.int32)
+  return PromptBatch(tokens=tokens, length=np.array(lengths, np.int32), row_mask=np.ones(U, bool))
+
+
+def make_tasks(prompt, sample, settings=((1.0, 1.0, 0, 0.0),), visit: int = 0) -> Tasks:
+  """`settings` (temperature, top_p, top_k, min_p) are dealt over the tasks in turn."""
+  prompt, sample = np.asarray(prompt, np.int32), np.asarray(sample, np.int32)
+  Q = len(prompt)
+  column = lambda i, dtype: np.array([settings[q % len(settings)][i] for q in range(Q)], dtype)
+  return Tasks(
+      prompt=prompt,
+      uid=np.stack([prompt + 100, prompt * 7], axis=1).astype(np.uint32),
+      visit=np.full(Q, visit, np.int32),
+      sample=sample,
+      temperature=column(0, np.float32),
+      top_p=column(1, np.float32),
+      top_k=column(2, np.int32),
+      min_p=column(3, np.float32),
+      row_mask=np.ones(Q, bool),
+  )
+
+
+def truncated(logits, temperature, top_p, top_k, min_p):
+  """Probabilities of one row after truncation: float64, by sorting, ties together."""
+  logits = np.asarray(logits, np.float64)
+  weight = np.exp((logits - logits.max()) / temperature)
+  keep = np.ones(len(logits), bool)
+  if 0 < top_k < len(logits):
+    keep &= logits >= np.sort(logits)[-top_k]
+  if top_p < 1:
+    left = np.where(keep, weight, 0) / weight[keep].sum()
+    descending = np.argsort(-logits, kind='stable')
+    first = np.searchsorted(-logits[descending], -logits, 'left')  # ties share what lies above the first
+    above = np.concatenate([[0.0], np.cumsum(left[descending])])[first]
+    keep &= above < top_p
+  keep &= weight >= min_p
+  weight = np.where(keep, weight, 0)
+  return weight / weight.sum()
+
+
+def make_engine(model, rows: int, T: int = 6, eos_ids=EOS, mesh=None, seed: int = 0, stage: str = 'sample') -> Engine:
+  return Engine(
+      model=model, mesh=mesh, cache_rules=tiny.RULES, rows=rows, max_new_tokens=T, eos_ids=eos_ids, seed=seed,
+      stage=stage,
+  )
+
+
+@pytest.fixture(scope='session')
+def rig():
+  """The model in which nothing is missing: head, period of two kinds of block, remainder, windows, bias."""
+  model = Transformer(tiny.model_config())
+  params = model.init(jax.random.key(0))
+  prompts = make_prompts(61)
+  tasks = make_tasks(np.arange(20) % 5, np.arange(20) // 5)
+
+  def learner_logits(rollouts, prompts, tasks):
+    """Uncached logits [Q, T, V] under which each generated token was drawn, and the mask of the tokens."""
+    Q, T = rollouts.tokens.shape
+    held = prompts.length[tasks.prompt]
+    whole = np.zeros((Q, prompts.tokens.shape[1] + T), np.int32)
+    for q in range(Q):
+      whole[q, : held[q]] = prompts.tokens[tasks.prompt[q], : held[q]]
+      whole[q, held[q] : held[q] + T] = rollouts.tokens[q]
+    lengths = held + rollouts.token_mask.sum(axis=1)
+    logits = model.apply({'params': params}, jnp.asarray(whole), lengths=jnp.asarray(lengths))
+    return np.asarray(logits)[np.arange(Q)[:, None], held[:, None] - 1 + np.arange(T)[None, :]]
+
+  return types.SimpleNamespace(
+      model=model, params=params, prompts=prompts, tasks=tasks, engine=make_engine, make_tasks=make_tasks,
+      make_prompts=make_prompts, learner_logits=learner_logits, eos=EOS,
+  )
+
+
+@pytest.fixture(scope='session')
+def oracle():
+  return truncated

@@ -49,21 +49,21 @@ _PACKAGE = pathlib.Path(__file__).resolve().parent
 def main(argv: Sequence[str]) -> int:
   """Runs the command line `argv` (without the program's name) and returns the exit code."""
   if any(word in _HELP for word in argv):
-    return _help(argv)
-  try:
-    settings = parse(argv)
-  except ValueError as error:
-    return _refuse(error)
+    try:
+      return _help(argv)
+    except BrokenPipeError:  # as in `--help | head`
+      os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+      return 0
   previous = {number: signal.signal(number, _stop) for number in (signal.SIGTERM, signal.SIGINT)}
   try:
-    _run(settings)
+    _run(parse(argv))
   except ValueError as error:
     if not _is_ours(error):
       raise
     return _refuse(error)
   except _Stopped as stopped:
     name = signal.Signals(stopped.number).name
-    print(f'\nstopped by {name}; the same command continues from the last checkpoint', file=sys.stderr, flush=True)
+    print(f'\nstopped by {name}; the same command continues this run', file=sys.stderr, flush=True)
     return 128 + stopped.number
   finally:
     for number, handler in previous.items():
@@ -160,8 +160,11 @@ def _read_flags(argv: Sequence[str]) -> flags.FlagValues:
     # page's refusal of a choice, and its words are enough; anything else is a broken page.
     head, found, words = str(error).rpartition('\nValueError: ')
     raise ValueError(f'{head.partition(": ")[0]}: {words.strip()}' if found else str(error)) from None
-  except (flags.Error, TypeError) as error:
+  except flags.Error as error:
     raise ValueError(f'{error}; --help shows the flags') from None
+  except Exception as error:
+    place = ''.join(traceback.format_exception(error, limit=-1)).rstrip()
+    raise ValueError(f'the config page fails:\n{place}') from None
   if rest[1:]:
     raise ValueError(f'unexpected {" ".join(rest[1:])!r}; flags are written --name=value; --help shows them')
   return values

@@ -133,9 +133,8 @@ def _fields(row: dict, where: str, schema: str, checks: dict) -> dict:
     raise ValueError(f'{where}: fields of {schema!r} missing: {missing}, unknown: {unknown}')
   for name, check in checks.items():
     if not check(fields[name]):
-      raise ValueError(
-        f'{where}: field {name!r} of {schema!r} has the wrong type: {jsonl.shorten(repr(fields[name]))}'
-      )
+      got = jsonl.shorten(repr(fields[name]))
+      raise ValueError(f'{where}: field {name!r} of {schema!r} has the wrong type: {got}')
   return fields
 
 

@@ -205,4 +205,4 @@ def test_a_stopped_run_says_how_to_go_on(page, tmp_path, number, code):
   process.send_signal(number)
   out, error = process.communicate(timeout=60)
   assert process.returncode == code, error
-  assert 'the same command continues' in error and 'Traceback' not in error and 'swallowed' not in out
+  assert 'the same command continues' in error and signal.Signals(number).name in error and 'Traceback' not in error and 'swallowed' not in out

@@ -4,10 +4,10 @@ The prompt is one of `prompt`, `question`, `instruction`, `query` (a string, or 
 or `messages` (a list); the first that is there counts. `system` may add a system turn. The answers
 are one of
 
-    chosen, rejected         each a string, a message, a conversation, or a list of strings (one best,
-                             several worse). Without a prompt column both are conversations,
+    chosen, rejected         each a string, a message, a conversation, or a list of strings (one
+                             best, several worse). Without a prompt column both are conversations,
                              and the prompt is all but their last turn (TRL's implicit prompt).
-    responses                a list of strings or messages, kept in order, with `label` (the index of
+    responses                a list of strings or messages, in order, with `label` (the index of
                              the best; 0 or 1 as a gold score if there is only one response) and/or
                              `grades` or `scores` (a number per response; the highest is best).
                              Neither: unlabelled.

@@ -42,9 +42,8 @@ def mix(
   """
   if not 0 <= fraction <= 1:
     raise ValueError(f'fraction is the share of the second source, from 0 to 1, got {fraction}')
-  share = fractions.Fraction(fraction).limit_denominator(
-    1_000_000
-  )  # in floats, 100 * 0.29 is below 29
+  # An exact ratio: in floats, 100 * 0.29 is below 29.
+  share = fractions.Fraction(fraction).limit_denominator(1_000_000)
   used = tuple(size for size, part in zip(sizes, (1 - share, share), strict=True) if part > 0)
   _check(seed, step, batch_size, used)
   position = _positions(step, batch_size)

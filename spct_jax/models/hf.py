@@ -112,7 +112,7 @@ def save(folder: str | os.PathLike, model: Transformer, params: dict, tokenizer:
   folder, settings = pathlib.Path(folder), model.config
   fields = hf_config.write(settings)
   if tokenizer is not None:
-    fields |= {'eos_token_id': list(tokenizer.eos_ids), 'pad_token_id': tokenizer.pad_id}
+    fields |= {'eos_token_id': list(tokenizer.eos_ids) or None, 'pad_token_id': tokenizer.pad_id}
   writer = jax.process_index() == 0
   if writer:
     folder.mkdir(parents=True, exist_ok=True)

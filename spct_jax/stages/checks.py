@@ -5,7 +5,6 @@ A pipeline calls the checks of all its stages before the first one works.
 
 from typing import Any
 
-from spct_jax import sharding
 from spct_jax.train import update
 
 ORDERS = ('shuffle', 'balanced', 'fixed')
@@ -123,13 +122,6 @@ def models(config: Any, name: str) -> tuple[str, ...]:
   if wrong:
     raise ValueError(f'{name}: unknown model {wrong[0]!r}; allowed: base, sft, rft, grpo (and meta_rm to guide)')
   return tuple(model for model in dict.fromkeys(found) if model not in ('', 'base'))
-
-
-def reading(config: Any, mesh: Any) -> None:
-  """Whether the parameters divide over the mesh by the rules of the config."""
-  from spct_jax.stages import loading  # the model's shape needs the tokenizer, which only loading knows
-  decoder = loading.model(config, loading.tokenizer(config))
-  sharding.tree_shardings(decoder.abstract_params(), loading.rules(config), mesh)
 
 
 def _at_least(name: str, value: int, least: int) -> None:

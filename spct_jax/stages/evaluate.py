@@ -19,7 +19,7 @@ from spct_jax import records, types
 from spct_jax.algos import meta_rm as meta_algo
 from spct_jax.algos import metrics, outcome, voting
 from spct_jax.judges import grm, meta
-from spct_jax.stages import checks, drawing, figures, loading, logbook, meta_rm, processes, report, results
+from spct_jax.stages import budget, checks, drawing, figures, loading, logbook, meta_rm, processes, report, results
 from spct_jax.stages import workdir as workdirs
 from spct_jax.stages.progress import Progress
 from spct_jax.stages.workdir import Workdir
@@ -69,6 +69,7 @@ def run(config: Any, workdir: Workdir, mesh: Any, generate: Any = None) -> None:
   )
   if workdir.is_done('evaluate', config, reads):
     return processes.say('evaluate: done before')
+  budget.report(config, mesh, ('evaluate',))
   tok = loading.tokenizer(config)
   data = loading.data(config)
   examples = data.heldout
@@ -238,20 +239,29 @@ def _measured(pool: Pool, items: Items, part, *, k, guide, threshold) -> dict[st
   whole = metrics.accuracy_at_k(*arrays, row_mask=part, threshold=threshold, **guide)
   fitted = part & items.judged
   judged = metrics.accuracy_at_k(*arrays, row_mask=fitted, threshold=threshold, **guide)
-  in_part = lambda x: x[fitted]
-  flips = metrics.order_flip_rate(
-      in_part(pool.scores), in_part(pool.valid), in_part(items.response_mask), in_part(pool.order)
-  ) if fitted.any() else np.nan
+  flips = _order_flip(pool, items, fitted)
   single = fitted & (items.sizes == 1)
   return {
       **{name: whole[name] for name in ('accuracy', 'stderr', 'low', 'high', 'items')},
       'accuracy_judged': judged['accuracy'] if judged['items'] else None,
       'parse_failure': judged['parse_failure'],
-      'ties': judged['ties'],
-      'order_flip': float(flips) if (items.sizes[fitted] > 1).any() else None,
+      'ties': judged['ties'] if judged['parse_failure'] < 1 else None,
+      'order_flip': flips,
       'overlong': int((part & ~items.judged).sum()),
       'auc': auc_at_k(pool, items, single, k=k, guide=guide, threshold=threshold),
   }
+
+
+def _order_flip(pool: Pool, items: Items, part: np.ndarray) -> float | None:
+  """How often the verdict changes with the order; None where no item has two parsed samples in two orders."""
+  comparable = np.zeros_like(part)
+  for i in np.flatnonzero(part & (items.sizes > 1)):
+    comparable[i] = len({tuple(order) for order in pool.order[i][pool.valid[i]]}) > 1
+  if not comparable.any():
+    return None
+  return float(metrics.order_flip_rate(
+      pool.scores[comparable], pool.valid[comparable], items.response_mask[comparable], pool.order[comparable]
+  ))
 
 
 def auc_at_k(pool: Pool, items: Items, part, *, k: int, guide: dict, threshold: float) -> float | None:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from spct_jax import sharding
-from spct_jax.stages import loading, plan, processes
+from spct_jax.stages import loading, processes
 from spct_jax.stages.logbook import MetricsWriter
 from spct_jax.stages.progress import Progress
 from spct_jax.stages.workdir import Workdir
@@ -55,16 +55,11 @@ class Session:
 
 
 def open_session(config: Any, workdir: Workdir, mesh: Any, *, stage: str, decoder: Any) -> Session:
-  """Opens the checkpoints and the log of a stage, and prints what its state costs per device."""
+  """Opens the checkpoints and the log of a stage."""
   optimizer = optim.make_optimizer(loading.optim_settings(config[stage]))
   rules = loading.rules(config)
   abstract = states.abstract_state(decoder, optimizer)
   shardings = states.state_shardings(decoder, optimizer, rules, mesh)
-  plan.report(stage, {
-      'parameters': sharding.bytes_per_device(abstract['params'], shardings['params']),
-      'optimizer state': sharding.bytes_per_device(abstract['opt_state'], shardings['opt_state']),
-      'gradients (float32)': sharding.bytes_per_device(_float32(abstract['params']), shardings['params']),
-  }, mesh)
   folder = workdir.stage_dir(stage) / 'checkpoint'
   return Session(
       stage=stage,
@@ -74,11 +69,6 @@ def open_session(config: Any, workdir: Workdir, mesh: Any, *, stage: str, decode
       checkpoints=checkpoint.Checkpoints(folder, keep=config.logging.keep),
       writer=MetricsWriter(workdir, stage, tensorboard=config.logging.tensorboard),
   )
-
-
-def _float32(tree):
-  import jax
-  return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, 'float32'), tree)
 
 
 def fit(

@@ -19,7 +19,7 @@ from spct_jax import sharding
 from spct_jax.algos import grpo, metrics, outcome
 from spct_jax.data import stream
 from spct_jax.judges import grm
-from spct_jax.stages import checks, fit, loading, processes
+from spct_jax.stages import budget, checks, fit, loading, processes
 from spct_jax.stages.progress import Progress
 from spct_jax.stages.workdir import Workdir
 from spct_jax.train import batches, objectives, update
@@ -35,6 +35,7 @@ def run(config: Any, workdir: Workdir, mesh: Any, generate: Any = None) -> None:
   reads = (*loading.data_reads(config), *loading.model_reads(config, fields.init))
   if workdir.is_done('grpo', config, reads):
     return processes.say('grpo: done before')
+  budget.report(config, mesh, ('grpo',))
   tok = loading.tokenizer(config)
   examples = loading.data(config).train
   decoder = loading.model(config, tok)

@@ -135,6 +135,10 @@ def model(config: Any, tok: tokenizers.Tokenizer, *, head_kind: str = 'lm') -> T
   return Transformer(dataclasses.replace(settings, head_kind=head_kind))
 
 
+def with_head(decoder: Transformer, head_kind: str) -> Transformer:
+  return Transformer(dataclasses.replace(decoder.config, head_kind=head_kind))
+
+
 def rules(config: Any) -> sharding.Rules:
   return tuple((pattern, tuple(spec)) for pattern, spec in config.sharding.rules)
 

@@ -8,7 +8,7 @@ a killed run.
 import importlib
 from typing import Any
 
-from spct_jax.stages import checks, loading, processes
+from spct_jax.stages import budget, checks, loading, processes
 from spct_jax.stages.workdir import Workdir
 
 READS = ()
@@ -53,7 +53,7 @@ def check(config: Any, workdir: Workdir, mesh: Any) -> None:
             f'add the stage {path.split("/")[0]!r} before it, or change what {name} starts from'
         )
     written.update(module.WRITES)
-  checks.reading(config, mesh)
+  budget.report(config, mesh, names)
   found = loading.data(config)
   processes.say(
       f'data: {len(found.train)} items to train on, {len(found.heldout)} to evaluate'

@@ -11,7 +11,7 @@ import numpy as np
 
 from spct_jax.algos import outcome
 from spct_jax.judges import grm
-from spct_jax.stages import checks, drawing, loading, processes
+from spct_jax.stages import budget, checks, drawing, loading, processes
 from spct_jax.stages.workdir import Workdir
 
 READS = ()
@@ -30,6 +30,7 @@ def run(config: Any, workdir: Workdir, mesh: Any, generate: Any = None) -> None:
   reads = (*loading.data_reads(config), *loading.model_reads(config, fields.model))
   if workdir.is_done('sample', config, reads):
     return processes.say('sample: done before')
+  budget.report(config, mesh, ('sample',))
   tok = loading.tokenizer(config)
   data = loading.data(config)
   decoder = loading.model(config, tok)

@@ -12,8 +12,7 @@ def sequence(seed, batch_size, size, length):
   return row, visit
 
 
-# Mutations seen to fail: a permutation that ignores the epoch; one that ignores the seed; `visit` =
-# step * batch // size.
+# Mutations seen to fail: a permutation that ignores the epoch; one visit for a whole batch.
 @pytest.mark.parametrize('size', [1, 2, 7, 30])
 def test_every_epoch_is_a_permutation(size):
   row, visit = sequence(3, 4, size, 5 * size)
@@ -36,6 +35,7 @@ def test_the_sequence_does_not_depend_on_the_batch_size(batch_size):
       np.testing.assert_array_equal(column, expected)
 
 
+# Mutation seen to fail: a permutation that ignores the seed.
 def test_resumed_is_uninterrupted_and_seeds_differ():
   before = [stream.indices(1, step, 6, 20)[0].tolist() for step in range(10)]
   stream._permutation.cache_clear()

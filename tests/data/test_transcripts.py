@@ -38,6 +38,7 @@ def test_two_turns_of_one_role_stay_two():
   ] == ['a', 'b']
 
 
+# Mutation seen to fail: prefixes compared by their number of turns.
 @pytest.mark.parametrize(
   ('chosen', 'rejected', 'reason'),
   [
@@ -65,8 +66,6 @@ def test_no_transcript_is_an_error():
     read(None, 'y')
 
 
-# Mutation seen to fail: comparing the parsed turns up to white space (a differing prefix then
-# passes).
 @pytest.mark.parametrize(
   ('part', 'items', 'skipped'),
   [

@@ -1,5 +1,6 @@
 """Prompts, tasks and engines that the engine's tests share; equal shapes, so that they compile once."""
 
+import dataclasses
 import types
 
 import jax
@@ -64,16 +65,11 @@ def make_engine(model, rows: int, T: int = 6, eos_ids=EOS, mesh=None, seed: int 
   )
 
 
-@pytest.fixture(scope='session')
-def rig():
-  """The model in which nothing is missing: head, period of two kinds of block, remainder, windows, bias."""
-  model = Transformer(tiny.model_config())
-  params = model.init(jax.random.key(0))
-  prompts = make_prompts(61)
-  tasks = make_tasks(np.arange(20) % 5, np.arange(20) // 5)
+def make_learner_logits(model, params):
+  """Uncached logits [Q, T, V] under which each generated token was drawn."""
+  apply = jax.jit(model.apply)
 
   def learner_logits(rollouts, prompts, tasks):
-    """Uncached logits [Q, T, V] under which each generated token was drawn, and the mask of the tokens."""
     Q, T = rollouts.tokens.shape
     held = prompts.length[tasks.prompt]
     whole = np.zeros((Q, prompts.tokens.shape[1] + T), np.int32)
@@ -81,13 +77,39 @@ def rig():
       whole[q, : held[q]] = prompts.tokens[tasks.prompt[q], : held[q]]
       whole[q, held[q] : held[q] + T] = rollouts.tokens[q]
     lengths = held + rollouts.token_mask.sum(axis=1)
-    logits = model.apply({'params': params}, jnp.asarray(whole), lengths=jnp.asarray(lengths))
+    logits = apply({'params': params}, jnp.asarray(whole), lengths=jnp.asarray(lengths, jnp.int32))
     return np.asarray(logits)[np.arange(Q)[:, None], held[:, None] - 1 + np.arange(T)[None, :]]
 
+  return learner_logits
+
+
+def make_rig(config, **extra):
+  model = Transformer(config)
+  params = jax.jit(model.init)(jax.random.key(0))
   return types.SimpleNamespace(
-      model=model, params=params, prompts=prompts, tasks=tasks, engine=make_engine, make_tasks=make_tasks,
-      make_prompts=make_prompts, learner_logits=learner_logits, eos=EOS,
+      model=model, params=params, prompts=make_prompts(61), engine=make_engine, make_tasks=make_tasks,
+      make_prompts=make_prompts, learner_logits=make_learner_logits(model, params), eos=EOS, **extra,
   )
+
+
+@pytest.fixture(scope='session')
+def rig():
+  """A windowed head layer and a period of global ones: enough for how the engine runs, quick to compile."""
+  config = dataclasses.replace(tiny.model_config(), head=(tiny.LOCAL,), period=(tiny.GLOBAL,), remainder=())
+  return make_rig(config, tasks=make_tasks(np.arange(20) % 5, np.arange(20) // 5))
+
+
+@pytest.fixture(scope='session')
+def full():
+  """The model in which nothing is missing, and its rollouts: mixed settings, greedy ones among them.
+
+  Twenty tasks on three rows, nine of them of one prompt: most run on refilled rows, and the ring wraps.
+  """
+  prompt = np.repeat(np.arange(5), (9, 2, 4, 2, 3))
+  tasks = make_tasks(prompt, np.arange(20), ((0.0, 1.0, 0, 0.0), (0.8, 0.9, 12, 0.01), (1.3, 1.0, 9, 0.05)))
+  rig = make_rig(tiny.model_config(), tasks=tasks)
+  rig.rollouts = make_engine(rig.model, rows=3).generate(rig.params, rig.prompts, tasks)
+  return rig
 
 
 @pytest.fixture(scope='session')

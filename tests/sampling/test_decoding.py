@@ -7,6 +7,9 @@ import pytest
 
 from spct_jax.sampling import decoding
 
+sample = jax.jit(lambda *arguments: decoding.sample(*arguments))
+truncate = jax.jit(decoding.truncate)
+
 SETTINGS = {  # temperature, top_p, top_k, min_p
     'none': (1.0, 1.0, 0, 0.0),
     'top_k': (1.0, 1.0, 7, 0.0),
@@ -27,7 +30,7 @@ def support(logits, settings):
   """The tokens that `truncate` leaves in, at the temperature of `settings`."""
   temperature, top_p, top_k, min_p = arrays(settings)
   scaled = (logits - logits.max(axis=1, keepdims=True)) / temperature[:, None]
-  return np.asarray(decoding.truncate(jnp.asarray(logits), jnp.exp(scaled), top_p, top_k, min_p))
+  return np.asarray(truncate(jnp.asarray(logits), jnp.exp(scaled), top_p, top_k, min_p))
 
 
 def random_logits(rows, vocabulary, seed=0, scale=2.0):
@@ -79,7 +82,7 @@ def test_extreme_uniforms_never_draw_a_token_without_weight(oracle, uniform):
   logits[:, :3] = -np.inf
   logits[:, -300:] = -np.inf
   u = jnp.full(len(settings), uniform, jnp.float32)
-  token, logp = decoding.sample(jnp.asarray(logits), u, *arrays(settings))
+  token, logp = sample(jnp.asarray(logits), u, *arrays(settings))
   for row, setting, one in zip(logits, settings, np.asarray(token)):
     assert oracle(row, *setting)[one] > 0
   assert np.isfinite(np.asarray(logp)).all()
@@ -89,7 +92,7 @@ def test_the_draw_inverts_the_cumulative_distribution(oracle):
   """A grid of uniforms hits every token as often as its share of the grid."""
   logits = np.tile(random_logits(1, 600, seed=3, scale=1.0), (20000, 1))
   grid = (np.arange(20000) + 0.5) / 20000
-  token, _ = jax.jit(decoding.sample)(
+  token, _ = sample(
       jnp.asarray(logits), jnp.asarray(grid, jnp.float32), *arrays([SETTINGS['combined']] * 20000)
   )
   counts = np.bincount(np.asarray(token), minlength=600)
@@ -98,7 +101,7 @@ def test_the_draw_inverts_the_cumulative_distribution(oracle):
 
 def test_greedy_takes_the_lowest_id_on_ties_at_temperature_one():
   logits = np.array([[0.0, 2.0, 2.0, 1.0]], np.float32)
-  token, logp = decoding.sample(jnp.asarray(logits), jnp.asarray([0.99]), *arrays([(0.0, 0.5, 2, 0.5)]))
+  token, logp = sample(jnp.asarray(logits), jnp.asarray([0.99]), *arrays([(0.0, 0.5, 2, 0.5)]))
   assert token[0] == 1
   np.testing.assert_allclose(logp[0], jax.nn.log_softmax(logits[0])[1], rtol=1e-6)
 
@@ -108,7 +111,7 @@ def test_logp_is_of_the_full_vocabulary_at_the_sampling_temperature():
   settings = list(SETTINGS.values())
   logits = random_logits(len(settings), 400, seed=4)
   u = jnp.linspace(0.1, 0.9, len(settings), dtype=jnp.float32)
-  token, logp = decoding.sample(jnp.asarray(logits), u, *arrays(settings))
+  token, logp = sample(jnp.asarray(logits), u, *arrays(settings))
   for i, (temperature, *_) in enumerate(settings):
     scaled = logits[i].astype(np.float64) / temperature
     want = scaled[token[i]] - np.log(np.exp(scaled - scaled.max()).sum()) - scaled.max()
@@ -121,7 +124,7 @@ def test_not_a_number_and_infinity_are_survived(temperature):
   logits = np.array([
       [np.nan, 1.0, -np.inf, 0.0], [np.inf, 0.0, 0.0, 0.0], [-np.inf] * 4, [np.nan] * 4, [big, -big, big, 0.0],
   ], np.float32)
-  token, logp = decoding.sample(
+  token, logp = sample(
       jnp.asarray(logits), jnp.full(5, 0.7), *arrays([(temperature, 0.9, 2, 0.01)] * 5)
   )
   assert np.isfinite(np.asarray(logp)).all()

@@ -39,7 +39,7 @@ def chi_square(counts, expected):
 def small(rig, oracle):
   """All settings mixed in one batch of 14,400 two-token tasks on 200 rows: task q has setting q mod 6."""
   model = tiny.small_model(vocab_size=13)
-  params = model.init(jax.random.key(2))
+  params = jax.jit(model.init)(jax.random.key(2))
   prompts = rig.make_prompts(13, lengths=(4, 1), P=4)
   Q = SAMPLES * len(SETTINGS)
   tasks = rig.make_tasks(np.arange(Q) // len(SETTINGS) % 2, np.arange(Q), tuple(SETTINGS.values()))
@@ -86,11 +86,11 @@ LARGE = {'none': (1.0, 1.0, 0, 0.0), 'top_k': (0.7, 1.0, 40, 0.0), 'top_p': (0.2
 def large(rig):
   """33,000 tokens: over 32k, and no multiple of the block of the two-level draw."""
   model = tiny.small_model(vocab_size=33000)
-  params = model.init(jax.random.key(3))
+  params = jax.jit(model.init)(jax.random.key(3))
   prompts = rig.make_prompts(33000, lengths=(3,), P=4)
-  Q = 1200 * len(LARGE)
+  Q = 700 * len(LARGE)
   tasks = rig.make_tasks(np.zeros(Q, int), np.arange(Q), tuple(LARGE.values()))
-  got = rig.engine(model, rows=96, T=1, eos_ids=()).generate(params, prompts, tasks)
+  got = rig.engine(model, rows=64, T=1, eos_ids=()).generate(params, prompts, tasks)
   logits = np.asarray(model.apply({'params': params}, jnp.asarray(prompts.tokens[:, :3])))[0, -1]
   return got, logits
 

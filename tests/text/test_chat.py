@@ -68,10 +68,14 @@ def test_a_tokenizer_with_several_templates():
 
 
 def test_no_template():
-  hf = made(None)
-  assert chat.frame(hf) == ('User:\n', '\n\nAssistant:\n')
-  hf.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(single='<|bos|> $A', special_tokens=[('<|bos|>', 3)])
   assert chat.frame(made(None)) == ('User:\n', '\n\nAssistant:\n')
+
+
+def test_no_template_but_a_token_that_opens_every_text():
+  hf = made(None)
+  hf.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+      single='<|bos|> $A', special_tokens=[('<|bos|>', hf.bos_token_id)])
+  assert chat.frame(hf) == ('<|bos|>User:\n', '\n\nAssistant:\n')
 
 
 @pytest.mark.parametrize(

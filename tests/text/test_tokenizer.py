@@ -26,7 +26,9 @@ TEXTS = (
 def sentencepiece_like(model):
   backend = tokenizers.Tokenizer(model)
   backend.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme='always')
-  backend.decoder = tokenizers.decoders.Metaspace(prepend_scheme='always')
+  decoders = tokenizers.decoders
+  backend.decoder = decoders.Sequence(
+      [decoders.Replace('▁', ' '), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(' ', 1, 0)])
   backend.add_special_tokens(['<unk>', '<s>', '</s>', '<start_of_turn>'])
   return transformers.PreTrainedTokenizerFast(
       tokenizer_object=backend, bos_token='<s>', eos_token='</s>', unk_token='<unk>', clean_up_tokenization_spaces=False)
@@ -122,8 +124,8 @@ def test_quoted_text_comes_back(named):
   if name == 'word_level':
     pytest.skip('a word-level vocabulary keeps no blanks')
   for text in TEXTS:
-    if name == 'unigram' and not text.isascii() or name == 'unigram' and any(sign in text for sign in '\n\r\t'):
-      continue  # unknown there
+    if name == 'unigram' and not (text.isascii() and (text.isprintable() or not text)):
+      continue  # Unknown to this vocabulary.
     text = unicodedata.normalize('NFC', text) if name.startswith('qwen') else text
     # A decoder drops the blank that its encoder puts in front; behind other text it shows.
     at = tokenizer.encode_next('x') if name in ('unigram', 'metaspace_bpe') else []
@@ -202,6 +204,8 @@ def test_the_end_of_a_turn_ends_an_answer_too():
 
 def test_save_and_load_again(named, tmp_path):
   name, tokenizer = named
+  if name == 'qwen2':
+    pytest.skip('slow, and the same code as its sibling')
   tokenizer.save(tmp_path)
   again = tokenizer_lib.load(tmp_path)
   text = 'The <|im_end|> scores: 8, 6 </s>'

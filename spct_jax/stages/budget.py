@@ -1,0 +1,99 @@
+"""What each stage will hold on one device, told before anything is loaded: from shapes and shardings alone.
+
+Arrays are exact; activations are an estimate (`plan.activations`).
+"""
+
+from typing import Any
+
+import jax
+
+from spct_jax import sharding
+from spct_jax.models import kv_cache
+from spct_jax.stages import loading, plan, processes
+from spct_jax.train import optim, state as states
+
+LEARNERS = ('sft', 'rft', 'grpo', 'meta_rm')
+SAMPLERS = ('sample', 'grpo', 'meta_rm', 'evaluate')
+
+
+def rows(config: Any, mesh: Any, stage: str, decoder: Any) -> list[plan.Row]:
+  """The memory table of one stage; `decoder` has a language head."""
+  rules = loading.rules(config)
+  out = []
+  if stage in LEARNERS:
+    learner = decoder
+    if stage == 'meta_rm':
+      learner = loading.with_head(decoder, 'scalar')
+    out += _learner(config[stage], mesh, rules, learner, group=stage == 'grpo')
+  if stage in SAMPLERS:
+    params = decoder.abstract_params()
+    layout = sharding.tree_shardings(params, rules, mesh)
+    if stage == 'grpo':
+      out.append(plan.row('frozen reference', params, layout))
+    cast = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, config.model.sampler_dtype), params)
+    if stage != 'grpo' or config.model.sampler_dtype != config.model.param_dtype:
+      out.append(plan.row('parameters of the sampler', cast, layout))
+    out += _caches(config, mesh, decoder)
+  return out
+
+
+def _learner(fields, mesh, rules, decoder, *, group):
+  optimizer = optim.make_optimizer(loading.optim_settings(fields))
+  abstract = states.abstract_state(decoder, optimizer)
+  layout = states.state_shardings(decoder, optimizer, rules, mesh)
+  gradients = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, 'float32'), abstract['params'])
+  c = decoder.config
+  sequences = fields.batch * (fields.group if group else 1)
+  per_device = -(-sequences // (fields.microbatches * sharding.data_ways(mesh)))
+  return [
+      plan.row('parameters', abstract['params'], layout['params']),
+      plan.row('optimizer state', abstract['opt_state'], layout['opt_state']),
+      plan.row('gradients', gradients, layout['params']),
+      plan.activations(
+          tokens=per_device * fields.buckets[-1],
+          width=c.width,
+          ffn=c.ffn,
+          layers=c.num_layers,
+          vocab=c.vocab_size if c.head_kind == 'lm' else 1,
+          itemsize=2 if c.dtype == 'bfloat16' else 4,
+          remat=c.remat,
+      ),
+  ]
+
+
+def _caches(config, mesh, decoder):
+  """Prompt slots and rows of the engine, padded to what the mesh divides."""
+  ways = sharding.data_ways(mesh)
+  fields = config.judge
+  out = []
+  for name, batch, length in (
+      ('prompt', fields.chunk_prompts, fields.buckets[-1]),
+      ('rows', fields.rows, fields.max_new_tokens),
+  ):
+    batch = ways * -(-batch // ways)
+    dtype = config.model.sampler_dtype
+    shapes = jax.eval_shape(lambda b=batch, s=length: kv_cache.init(decoder.config, b, s, dtype))
+    layout = sharding.tree_shardings({name: shapes}, loading.cache_rules(config), mesh)[name]
+    out.append(plan.row(f'cache of {"prompts" if name == "prompt" else "rows"}', shapes, layout))
+  return out
+
+
+def report(config: Any, mesh: Any, stages: tuple[str, ...]) -> None:
+  """Prints the table of the stage that needs most, and a line for each of the others.
+
+  Raises:
+    ValueError: a stage cannot fit, or the parameters or caches do not divide over the mesh.
+  """
+  decoder = loading.model(config, loading.tokenizer(config))
+  tables = {stage: rows(config, mesh, stage, decoder) for stage in stages}
+  sums = {stage: sum(row.bytes for row in table) for stage, table in tables.items()}
+  processes.say(f'model: {decoder.num_params:,} parameters, {decoder.config.num_layers} layers')
+  limit = plan.device_limit(mesh)
+  largest = max(sums, key=sums.get)
+  for stage, table in tables.items():
+    lines = plan.memory(table, limit=limit)
+    if stage == largest:
+      processes.say(*(f'{stage}: {line}' for line in lines))
+  others = ', '.join(f'{stage} {plan.size(total)}' for stage, total in sums.items() if stage != largest)
+  if others:
+    processes.say(f'memory per device of the other stages: {others}')

@@ -2,9 +2,10 @@
 
     python experiments/train_small_tokenizer.py [--folder=spct_jax/text/files/small] [--size=2048]
 
-The texts are the package's own: its judge templates, its data files, and verdicts in the format that a
-judge writes. Training is deterministic, so a second run writes the same files. Every digit is an entry of
-its own, so that a score is read from one or two tokens in every context. Takes a few seconds.
+The texts are the package's own: its judge templates, its data files, and verdicts in the format
+that a judge writes. Training is deterministic, so a second run writes the same files. Every digit
+is an entry of its own, so that a score is read from one or two tokens in every context. Takes a few
+seconds.
 """
 
 import argparse
@@ -20,8 +21,8 @@ PACKAGE = pathlib.Path(spct_jax.__file__).parent
 PAD, BOS, EOS = '<|pad|>', '<|bos|>', '<|eos|>'
 ROLES = ('<|user|>', '<|assistant|>', '<|system|>')
 CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}{{ '<|' + message['role'] + '|>\\n' + message['content'] + eos_token"
-    " + '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
+    "{{ bos_token }}{% for message in messages %}{{ '<|' + message['role'] + '|>\\n' + message['content']"
+    " + eos_token + '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
 )
 
 
@@ -48,13 +49,16 @@ def corpus() -> Iterator[str]:
     for second in range(1, 11):
       yield (
           'Specific Criteria: accuracy (weight 60%), clarity (weight 40%)\n'
-          'Analysis: Response 1 answers the query and is correct. Response 2 is wrong, and it is less clear.\n'
+          'Analysis: Response 1 answers the query and is correct. '
+          'Response 2 is wrong, and it is less clear.\n'
           f'Scores: \\boxed{{{first}, {second}}}\n'
       )
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = argparse.ArgumentParser(
+      description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
   parser.add_argument('--folder', type=pathlib.Path, default=PACKAGE / 'text' / 'files' / 'small')
   parser.add_argument('--size', type=int, default=2048)
   args = parser.parse_args()

@@ -34,25 +34,36 @@ def test_the_example_of_the_docstring():
   assert (float(masked.max(x, mask)), float(masked.min(x, mask)), float(masked.sum(x, mask))) == (5, 1, 13)
 
 
-@pytest.mark.parametrize('dtype', [np.float32, np.int32, np.int8, np.bool_])
-@pytest.mark.parametrize('ddof', [0, 1])
-def test_against_loops(dtype, ddof):
+@pytest.mark.parametrize('axis', [None, 0, -1])
+@pytest.mark.parametrize('dtype', [np.float32, np.int8, np.bool_])
+def test_against_loops(dtype, axis):
+  @jax.jit
+  def everything(x, mask):
+    names = ('sum', 'mean', 'var', 'std', 'max', 'min')
+    found = {name: getattr(masked, name)(x, mask, axis=axis) for name in names}
+    return found | {
+        'count': masked.count(mask, axis=axis),
+        'var1': masked.var(x, mask, axis=axis, ddof=1),
+        'std1': masked.std(x, mask, axis=axis, ddof=1),
+    }
+
   rng = np.random.default_rng(0)
-  for _ in range(30):
-    rows, length = rng.integers(1, 5), rng.integers(1, 7)
-    x = (rng.normal(size=(rows, length)) * 5).astype(dtype)
-    mask = rng.random((rows, length)) < rng.random()
-    hidden = x.astype(np.float32)
+  for _ in range(40):
+    x = (rng.normal(size=(3, 4)) * 5).astype(dtype)
+    mask = rng.random((3, 4)) < rng.choice([0.0, 0.3, 0.7, 1.0], (3, 1))
+    clean = x.astype(np.float32)
     if dtype == np.float32:
       x = np.where(mask, x, rng.choice([NAN, INF, -INF, 1e38], size=x.shape)).astype(dtype)
-    for axis in (None, 0, 1, -1):
-      lines = {None: [(hidden.ravel(), mask.ravel())], 0: zip(hidden.T, mask.T)}.get(axis, zip(hidden, mask))
-      expected = [loop_stats(v, m, ddof) for v, m in lines]
-      for name in ('count', 'sum', 'mean', 'var', 'std', 'max', 'min'):
-        args = (mask,) if name == 'count' else (x, mask)
-        more = {'ddof': ddof} if name in ('var', 'std') else {}
-        got = np.asarray(getattr(masked, name)(*args, axis=axis, **more), np.float32).ravel()
-        np.testing.assert_allclose(got, [e[name] for e in expected], rtol=2e-5, atol=2e-5, err_msg=name)
+    lines = {None: [(clean.ravel(), mask.ravel())], 0: zip(clean.T, mask.T), -1: zip(clean, mask)}[axis]
+    expected = [loop_stats(v, m) | {f'{n}1': loop_stats(v, m, ddof=1)[n] for n in ('var', 'std')} for v, m in lines]
+    for name, got in everything(x, mask).items():
+      got = np.asarray(got, np.float32).ravel()
+      np.testing.assert_allclose(got, [e[name] for e in expected], rtol=2e-5, atol=2e-5, err_msg=name)
+
+
+def test_kept_dimensions():
+  x, mask = np.ones((2, 3), np.float32), np.array([[1, 1, 0], [0, 0, 0]], bool)
+  np.testing.assert_array_equal(masked.mean(x, mask, axis=1, keepdims=True), [[1], [0]])
 
 
 def test_negative_values_keep_their_maximum():

@@ -170,7 +170,7 @@ def test_a_malformed_row_names_file_and_line(tmp_path, data, message):
     list(records.read_jsonl(path))
 
 
-# Mutation seen to fail: `str.splitlines` in place of splitting at newlines.
+# Mutation seen to fail: lines that also end at U+2028.
 def test_what_a_line_is(tmp_path):
   path = tmp_path / 'f.jsonl'
   rows = [{'a': 'x\u2028y\u0085z'}, {'a': '😀'}]

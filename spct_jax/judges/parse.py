@@ -1,16 +1,19 @@
 r"""Reads the scores from what the judge wrote: strictly, and without ever raising (house style 36).
 
-The input is the completion alone, never the prompt, whose own `\boxed{x, x}` would be found. In order:
+The input is the completion alone, never the prompt, whose own `\boxed{x, x}` would be found. In
+order:
 
 1. A sample that ran into its length limit fails as `truncated`, whatever it holds.
 2. Only what follows the last `</think>` counts; a `<think>` opened there and not closed fails.
-3. A score line starts with `Scores`, `Score`, `Final Scores` or `Output` (behind any Markdown) and holds a
-   `\boxed{`, on the line or alone on the next one. From the first score line on, all boxes must say the
-   same: a model that runs on and judges a second example of its own making fails as `disagree`.
-4. Without a score line the last complete box counts. A box left open after it fails as `unclosed_box`, and
-   a `Scores:` after it that gives no box fails as `no_box`: an earlier box is not the verdict.
-5. The box holds exactly n integers in ASCII digits, separated by commas, each within [low, high]: no
-   signs, fractions, leading zeros, words, `8/10`, full-width digits or nested commands.
+3. A score line starts with `Scores`, `Score`, `Final Scores` or `Output` (behind any Markdown) and
+   holds a `\boxed{`, on the line or alone on the next one. From the first score line on, all boxes
+   must say the same: a model that runs on and judges a second example of its own making fails as
+   `disagree`.
+4. Without a score line the last complete box counts. A box left open after it fails as
+   `unclosed_box`, and a `Scores:` after it that gives no box fails as `no_box`: an earlier box is
+   not the verdict.
+5. The box holds exactly n integers in ASCII digits, separated by commas, each within [low, high]:
+   no signs, fractions, leading zeros, words, `8/10`, full-width digits or nested commands.
 
 This is stricter than the released models' own extraction (last match of a loose pattern, parts that
 fail dropped, the rest clamped), which can shift a score to another response (departure 1).
@@ -23,14 +26,15 @@ import dataclasses
 import re
 
 KINDS = (
-    'ok', 'empty', 'no_box', 'wrong_count', 'not_integer', 'out_of_range', 'disagree', 'unclosed_think',
-    'unclosed_box', 'truncated',
+    'ok', 'empty', 'no_box', 'wrong_count', 'not_integer', 'out_of_range', 'disagree',
+    'unclosed_think', 'unclosed_box', 'truncated',
 )
 
 _THINK = re.compile(r'<(/?)think(?:ing)?>', re.IGNORECASE | re.ASCII)
 _BRACES = re.compile(r'\\boxed\{|\\[{}]|[{}]')
 _LABEL = re.compile(
-    r'^[ \t>*_#`~+\-|]*(?:\d{1,2}[.)][ \t*_]*)?(?:(?:final|overall)[ \t]+)?(?:(scores?)|output)\b[ \t*_`~]*(:?)',
+    r'^[ \t>*_#`~+\-|]*(?:\d{1,2}[.)][ \t*_]*)?'
+    r'(?:(?:final|overall)[ \t]+)?(?:(scores?)|output)\b[ \t*_`~]*(:?)',
     re.IGNORECASE | re.ASCII | re.MULTILINE,
 )
 _BEFORE_BOX = re.compile(r'[\s*_`~$<(\[>]*')
@@ -104,7 +108,7 @@ def _boxes(text: str) -> tuple[list[tuple[int, int]], list[int]]:
 
 
 def _score_lines(text: str, boxes: list[int]) -> tuple[int | None, int]:
-  """Where the first score line starts (None: there is none), and where the last bare `Scores:` does (or -1).
+  """Where the first score line starts (or None), and where the last bare `Scores:` does (or -1).
 
   `boxes` holds the starts of the contents of all boxes, ascending.
   """

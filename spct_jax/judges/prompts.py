@@ -1,20 +1,23 @@
-"""What the judge reads: an example, in one order of its responses, as a `Prompt` (paper, appendix on prompts).
+"""What the judge reads: an example, in one order of its responses, as a `Prompt` (paper, appendix on
+prompts).
 
-A template is a folder of text files with named slots (`{{conversation}}`); the code knows no wording. The
-instructions, given principles, conversation and reference answer stand before the responses, so all
-orders of an example share that prefix. Message contents, responses, principles and reference answers
-become data spans, neutralised here; everything else is frame.
+A template is a folder of text files with named slots (`{{conversation}}`); the code knows no
+wording. The instructions, given principles, conversation and reference answer stand before the
+responses, so all orders of an example share that prefix. Message contents, responses, principles
+and reference answers become data spans, neutralised here; everything else is frame.
 
     pointwise   one integer of 1..10 per response, n >= 1
     single      one response, 0 or 1 (verifiable questions)
     meta        what the meta-RM reads before a trajectory
 
-Hinted prompts end with the slot in which the best response is *shown* (1-based), or, where there is one
-response, with its gold score: the paper words the hint for n >= 2 only (departure 1). Section headers for
-given principles and for the reference answer are ours: the paper prints none (departure 2).
+Hinted prompts end with the slot in which the best response is *shown* (1-based), or, where there is
+one response, with its gold score: the paper words the hint for n >= 2 only (departure 1). Section
+headers for given principles and for the reference answer are ours: the paper prints none (departure
+2).
 
-`orders` draws the orders of decision 5 from a counter-based generator keyed by blake2b of what names the
-draw, so sample i's order depends neither on how many samples there are nor on the items around it.
+`orders` draws the orders of decision 5 from a counter-based generator keyed by blake2b of what
+names the draw, so sample i's order depends neither on how many samples there are nor on the items
+around it.
 """
 
 from __future__ import annotations
@@ -31,10 +34,11 @@ from spct_jax.text import markers
 from spct_jax.types import Example, Prompt, Span
 
 SCALES = {'pointwise': (1, 10), 'single': (0, 1), 'meta': (1, 10)}
+_JUDGE_SLOTS = ('conversation', 'responses', 'boxes', 'principles', 'reference', 'hint')
 # File -> (slots it must have, slots it may have).
 FILES = {
-    'pointwise.txt': (('conversation', 'responses', 'boxes', 'principles', 'reference', 'hint'), ('count', 'low', 'high')),
-    'single.txt': (('conversation', 'responses', 'boxes', 'principles', 'reference', 'hint'), ('count', 'low', 'high')),
+    'pointwise.txt': (_JUDGE_SLOTS, ('count', 'low', 'high')),
+    'single.txt': (_JUDGE_SLOTS, ('count', 'low', 'high')),
     'meta.txt': (('conversation', 'responses'), ('count',)),
     'response.txt': (('index', 'response'), ()),
     'response_single.txt': (('response',), ()),
@@ -58,15 +62,20 @@ class Template:
 
 
 def load_template(name: str | pathlib.Path) -> Template:
-  """Reads a template: 'grm' (the released models' format), 'short' (few tokens), or a folder of your own."""
+  """Reads 'grm' (the released models' format), 'short' (few tokens), or a folder of your own."""
   folder = _BUILTIN / name if str(name) in builtin_templates() else pathlib.Path(name)
   if not folder.is_dir():
-    raise ValueError(f'template: no folder {str(name)!r}; allowed: {", ".join(builtin_templates())}, or the path of a '
-                     f'folder with the files {", ".join(FILES)}')
+    raise ValueError(
+        f'template: no folder {str(name)!r}; allowed: {", ".join(builtin_templates())}, '
+        f'or the path of a folder with the files {", ".join(FILES)}'
+    )
   files = {}
   for file, (required, optional) in FILES.items():
     if not (folder / file).is_file():
-      raise ValueError(f'template {folder}: the file {file} is missing; a template has the files {", ".join(FILES)}')
+      raise ValueError(
+          f'template {folder}: the file {file} is missing; '
+          f'a template has the files {", ".join(FILES)}'
+      )
     text = (folder / file).read_text(encoding='utf-8').replace('\r\n', '\n').removesuffix('\n')
     pieces = tuple(_SLOT.split(text))
     for slot in pieces[1::2]:
@@ -101,24 +110,32 @@ def build(
   Args:
     order: order[slot] = index of the response shown in that slot.
     mode: 'pointwise' (1..10 each) or 'single' (one response, 0 or 1).
-    hint: the example's label (index of the best response; for one response its gold score), or None.
+    hint: the example's label (index of the best response; for one response its score), or None.
     principles: criteria to judge by, where they are given and not the model's own (Eq 8).
     reference: a right answer to the query.
   """
   if mode not in ('pointwise', 'single'):
-    raise ValueError(f"mode: got {mode!r}; allowed: 'pointwise', 'single' (build_meta makes the meta-RM's message)")
+    raise ValueError(
+        f"mode: got {mode!r}; allowed: 'pointwise', 'single' (build_meta makes the meta-RM's message)"
+    )
   if mode == 'single' and len(example.responses) != 1:
-    raise ValueError(f'{example.uid}: mode single judges one response, got {len(example.responses)}; use mode pointwise')
-  sections = {
-      'principles': [] if principles is None else _fill(template, 'principles.txt', {'principles': _data(principles)}),
-      'reference': [] if reference is None else _fill(template, 'reference.txt', {'reference': _data(reference)}),
-      'hint': [] if hint is None else _hint(example, order, template, hint, mode),
-  }
+    raise ValueError(
+        f'{example.uid}: mode single judges one response, got {len(example.responses)}; '
+        'use mode pointwise'
+    )
+  sections = {'principles': [], 'reference': [], 'hint': []}
+  if principles is not None:
+    values = {'principles': _data(principles)}
+    sections['principles'] = _fill(template, 'principles.txt', values)
+  if reference is not None:
+    sections['reference'] = _fill(template, 'reference.txt', {'reference': _data(reference)})
+  if hint is not None:
+    sections['hint'] = _hint(example, order, template, hint, mode)
   return _build(example, order, template, mode, sections, hint is not None)
 
 
 def build_meta(example: Example, order: Sequence[int], template: Template) -> Prompt:
-  """Builds the meta-RM's user message, in the order that the judged sample saw; the trajectory follows it."""
+  """Builds the meta-RM's user message, in the order that the sample saw; its text follows it."""
   return _build(example, order, template, 'meta', {}, False)
 
 
@@ -132,7 +149,9 @@ def _build(
 ) -> Prompt:
   n = len(example.responses)
   if n == 0 or sorted(order) != list(range(n)):
-    raise ValueError(f'{example.uid}: order {tuple(order)} is no permutation of the {n} response(s)')
+    raise ValueError(
+        f'{example.uid}: order {tuple(order)} is no permutation of the {n} response(s)'
+    )
   low, high = SCALES[mode]
   responses = []
   for slot, index in enumerate(order, start=1):
@@ -151,15 +170,22 @@ def _build(
   return Prompt(uid=example.uid, spans=tuple(spans), order=order, hinted=hinted, low=low, high=high)
 
 
-def _hint(example: Example, order: Sequence[int], template: Template, hint: int, mode: str) -> list[Span]:
+def _hint(
+    example: Example, order: Sequence[int], template: Template, hint: int, mode: str
+) -> list[Span]:
   if len(example.responses) == 1:
     low, high = SCALES[mode]
     if not low <= hint <= high:
-      raise ValueError(f'{example.uid}: the hint {hint} is no score of mode {mode} ({low}..{high}); '
-                       'items labelled 0 or 1 are hinted in mode single')
+      raise ValueError(
+          f'{example.uid}: the hint {hint} is no score of mode {mode} ({low}..{high}); '
+          'items labelled 0 or 1 are hinted in mode single'
+      )
     return _fill(template, 'hint_single.txt', {'score': _frame(str(hint))})
   if hint not in order:
-    raise ValueError(f'{example.uid}: the hint {hint} names no response; allowed: 0..{len(example.responses) - 1}')
+    raise ValueError(
+        f'{example.uid}: the hint {hint} names no response; '
+        f'allowed: 0..{len(example.responses) - 1}'
+    )
   return _fill(template, 'hint.txt', {'slot': _frame(str(list(order).index(hint) + 1))})
 
 
@@ -168,7 +194,10 @@ def _conversation(example: Example) -> list[Span]:
   spans = []
   for message in example.messages:
     if message.role not in markers.TURNS:
-      raise ValueError(f'{example.uid}: a message has the role {message.role!r}; allowed: {", ".join(markers.TURNS)}')
+      raise ValueError(
+          f'{example.uid}: a message has the role {message.role!r}; '
+          f'allowed: {", ".join(markers.TURNS)}'
+      )
     label = f'{markers.TURNS[message.role]}: '
     spans += [Span('\n' + label if spans else label, data=False),
               Span(markers.neutralise(message.content, turns=True), data=True)]
@@ -209,11 +238,11 @@ def _fill(template: Template, file: str, values: dict[str, list[Span]]) -> list[
 def orders(
     kind: str, n: int, samples: int, *, seed: int, stage: str, visit: int, uid: str
 ) -> list[tuple[int, ...]]:
-  """The order of the n responses for each sample: orders[i][slot] = index of the response shown there.
+  """The order of the n responses for each sample: orders[i][slot] = index of the one shown there.
 
   Args:
-    kind: 'shuffle' (a uniform permutation per sample), 'balanced' (cyclic shifts of one random permutation:
-      each response stands in every slot equally often in any n consecutive samples) or 'fixed'.
+    kind: 'shuffle' (a uniform permutation per sample), 'balanced' (cyclic shifts of one random
+      permutation: each response stands in every slot once in any n consecutive samples) or 'fixed'.
   """
   if kind not in ('shuffle', 'balanced', 'fixed'):
     raise ValueError(f"order: got {kind!r}; allowed: 'shuffle', 'balanced', 'fixed'")
@@ -231,11 +260,11 @@ def orders(
 def _permutation(n: int, name: tuple[str | int, ...]) -> tuple[int, ...]:
   """Fisher-Yates on raw Philox words: numpy promises the words, not the methods built on them."""
   text = ''.join(f'{len(str(part))}:{part}' for part in name)
-  key = int.from_bytes(hashlib.blake2b(text.encode('utf-8', 'surrogatepass'), digest_size=16).digest(), 'little')
-  bits = np.random.Philox(key=key)
+  digest = hashlib.blake2b(text.encode('utf-8', 'surrogatepass'), digest_size=16).digest()
+  bits = np.random.Philox(key=int.from_bytes(digest, 'little'))
   places = list(range(n))
   for last in range(n - 1, 0, -1):
-    # The largest multiple of the number of choices: words beyond it are drawn again, not folded unevenly.
+    # Words beyond the largest multiple of `choices` are drawn again: folding them in is uneven.
     choices = last + 1
     bound = 2**64 - 2**64 % choices
     word = int(bits.random_raw())

@@ -41,8 +41,13 @@ def dot_product(
   return jnp.einsum('BMGTS,BSMd->BTMGd', weights, v.astype(q.dtype)).reshape(B, T, H, hd)
 
 
-def causal_mask(T: int, lengths: Int[Array, ' B'] | None, segments: Int[Array, 'B T'] | None) -> Bool[Array, 'b T T']:
-  """Which key each query sees: no later index, no padding, its own segment only. `b` is 1 if nothing is per row."""
+def causal_mask(
+    T: int, lengths: Int[Array, ' B'] | None, segments: Int[Array, 'B T'] | None
+) -> Bool[Array, 'b T T']:
+  """Which key each query sees: no later index, no padding, its own segment only.
+
+  `b` is 1 if nothing is per row, and B otherwise.
+  """
   index = jnp.arange(T)
   mask = (index[:, None] >= index[None, :])[None]
   if lengths is not None:

@@ -1,7 +1,9 @@
-"""One decoder block, pre-norm (RMSNorm: arXiv 1910.07467; RoPE: 2104.09864; GQA: 2305.13245; SwiGLU: 2002.05202):
+"""One decoder block, pre-norm.
 
     x = x + o(attend(rope(q(norm(x))), rope(k(norm(x))), v(norm(x))))
     x = x + down(silu(gate(norm(x))) * up(norm(x)))
+
+RMSNorm is arXiv 1910.07467, rotary embedding 2104.09864, grouped queries 2305.13245, the gated MLP 2002.05202.
 
 `attend` comes from outside, so the block knows neither mask nor cache. Rotary embedding turns the pairs
 (i, i + head_dim / 2), the convention of Hugging Face checkpoints, not the paper's (2i, 2i + 1). Norms
@@ -30,14 +32,17 @@ def frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> np.
   return inverse.astype(np.float32)
 
 
-def rope(x: Float[Array, 'B T H hd'], positions: Int[Array, 'B T'], block: BlockConfig) -> Float[Array, 'B T H hd']:
+def rope(
+    x: Float[Array, 'B T H hd'], positions: Int[Array, 'B T'], block: BlockConfig
+) -> Float[Array, 'B T H hd']:
   """Turns pair (i, i + hd / 2) of every head by `position * frequency_i`."""
   inverse = frequencies(x.shape[-1], block.rope_theta, block.rope_scaling)
   # float32: a bfloat16 position is wrong from 257 on.
   angle = positions[:, :, None, None].astype(jnp.float32) * inverse[None, None, None, :]
   cos, sin = jnp.cos(angle), jnp.sin(angle)
   first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-  return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+  turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+  return turned.astype(x.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -47,10 +52,12 @@ class RMSNorm(nn.Module):
 
   @nn.compact
   def __call__(self, x):
-    scale = self.param('scale', nn.initializers.ones, (x.shape[-1],), jnp.dtype(self.model.param_dtype))
+    dtype = jnp.dtype(self.model.param_dtype)
+    scale = self.param('scale', nn.initializers.ones, (x.shape[-1],), dtype)
     x = x.astype(jnp.float32)
     x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.model.norm_eps)
-    return (x * jnp.expand_dims(scale.astype(jnp.float32), range(x.ndim - 1))).astype(self.model.dtype)
+    scale = jnp.expand_dims(scale.astype(jnp.float32), range(x.ndim - 1))
+    return (x * scale).astype(self.model.dtype)
 
 
 class Block(nn.Module):

@@ -95,19 +95,22 @@ def load(
           return np.zeros(leaf.shape, dtype)[index]
         if isinstance(names, str):
           return _ours(tensors[names].get_tensor(names), leaf.shape, axes, dtype)[index]
-        return np.stack([_ours(tensors[n].get_tensor(n), leaf.shape[1:], axes, dtype)[index[1:]] for n in names[index[0]]])
+        layers = (tensors[name].get_tensor(name) for name in names[index[0]])
+        return np.stack([_ours(t, leaf.shape[1:], axes, dtype)[index[1:]] for t in layers])
 
       # The gates of `sharding` take whole host arrays; here the file is the host array.
       return jax.make_array_from_callback(leaf.shape, place, piece)
 
-    paths = jax.tree.unflatten(jax.tree.structure(abstract), [path for path, _ in sharding.leaf_paths(abstract)])
+    names = [path for path, _ in sharding.leaf_paths(abstract)]
+    paths = jax.tree.unflatten(jax.tree.structure(abstract), names)
     return model, jax.block_until_ready(jax.tree.map(fill, paths, abstract, places))
 
 
 def save(folder: str | os.PathLike, model: Transformer, params: dict, tokenizer: Any = None) -> None:
   """Writes a folder that `load` and `transformers` read; `config.json` comes last, so a cut-off folder has none.
 
-  With several processes every one calls this and the first one writes. `tokenizer` is a `text.tokenizer.Tokenizer`.
+  With several processes every one calls this and the first one writes. `tokenizer` is our
+  `text.tokenizer.Tokenizer`.
   """
   folder, settings = pathlib.Path(folder), model.config
   fields = hf_config.write(settings)
@@ -122,7 +125,8 @@ def save(folder: str | os.PathLike, model: Transformer, params: dict, tokenizer:
   shards = _plan(settings, params)
   where, total = {}, 0
   for number, shard in enumerate(shards, 1):
-    file = 'model.safetensors' if len(shards) == 1 else f'model-{number:05d}-of-{len(shards):05d}.safetensors'
+    count = '' if len(shards) == 1 else f'-{number:05d}-of-{len(shards):05d}'
+    file = f'model{count}.safetensors'
     values = {}
     for name, path, i in shard:
       values[name] = _theirs(settings, path, sharding.to_host(_leaf(params, path, i)))
@@ -165,7 +169,9 @@ def _plan(config, params):
     # A head that was never given a bias has none in the file either.
     if path == 'reward/bias' and not np.any(sharding.to_host(leaf)):
       continue
-    each = [(names, path, None)] if isinstance(names, str) else [(name, path, i) for i, name in enumerate(names)]
+    each = [(names, path, None)]
+    if not isinstance(names, str):
+      each = [(name, path, i) for i, name in enumerate(names)]
     size = leaf.nbytes // len(each)
     for tensor in each:
       if size > room and shards[-1]:

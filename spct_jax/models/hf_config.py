@@ -136,7 +136,8 @@ def _architecture(where, fields):
 
 
 def _family(config):
-  windows, kinds = {block.window for block in config.layers}, {(b.rope_theta, b.rope_scaling) for b in config.layers}
+  windows = {block.window for block in config.layers}
+  kinds = {(block.rope_theta, block.rope_scaling) for block in config.layers}
   sizes = windows - {None}
   plain = not config.qkv_bias and not config.qk_norm
   if len(kinds) > 1:

@@ -2,8 +2,8 @@
 
     r = kernel^T norm(x[lengths - 1]) + bias
 
-the value a reward model or the meta-RM (SPCT section 2.6) gives a whole sequence. A row of length 0 is a padding row: it
-gets the value at index 0, finite and meant to be masked.
+the value a reward model or the meta-RM (SPCT section 2.6) gives a whole sequence. A row of length 0 is
+a padding row: it gets the value at index 0, finite and meant to be masked.
 """
 
 import jax

@@ -70,7 +70,7 @@ class Transformer:
         'period': [jax.tree.map(lambda leaf: leaf[first + j : last : period], layers) for j in range(period)],
         'remainder': [jax.tree.map(lambda leaf: leaf[j], layers) for j in range(last, c.num_layers)],
     }
-    return {group: {str(j): b for j, b in enumerate(blocks)} for group, blocks in groups.items() if blocks}
+    return {name: dict(zip(map(str, range(len(b))), b)) for name, b in groups.items() if b}
 
   def abstract_params(self) -> dict:
     """Shapes and dtypes of the parameters, without making them."""
@@ -89,7 +89,9 @@ class Transformer:
   def embed(self, params: dict, tokens: Int[Array, 'B T']) -> Float[Array, 'B T D']:
     return jnp.take(params['embed']['table'], tokens, axis=0).astype(self.config.dtype)
 
-  def run_layers(self, params: dict, x: Float[Array, 'B T D'], positions: Int[Array, 'B T'], attend, cache=None):
+  def run_layers(
+      self, params: dict, x: Float[Array, 'B T D'], positions: Int[Array, 'B T'], attend, cache=None
+  ):
     """All blocks in order; returns `(x, cache)`.
 
     `attend(ref, q, k, v, cache) -> (out, cache)` is called once per layer (once per block of the period, in
@@ -134,7 +136,9 @@ class Transformer:
       logits = jnp.einsum('BTD,DV->BTV', x, kernel, preferred_element_type=jnp.float32)
     return logits[:, :, : self.config.vocab_size]
 
-  def rewards(self, params: dict, x: Float[Array, 'B T D'], lengths: Int[Array, ' B']) -> Float[Array, ' B']:
+  def rewards(
+      self, params: dict, x: Float[Array, 'B T D'], lengths: Int[Array, ' B']
+  ) -> Float[Array, ' B']:
     """The scalar head on the last real token of each row."""
     last = self._final_norm(params, reward_head.last_token(x, lengths)[:, None, :])
     return reward_head.reward(params['reward'], last[:, 0, :])
@@ -201,10 +205,13 @@ class Transformer:
   ):
     """Logits float32[B, T, V], or rewards float32[B] with a scalar head; with a cache, `(that, new cache)`.
 
-    tokens: right-padded. lengths: real tokens per row (None: all are); padding never reaches a real position.
-    positions: for rotary embedding and windows; by default the index, in its segment or after the cached tokens.
-    segments: several sequences in one row, numbered from 1, 0 = padding; attention stays within a segment. Where a
-    segment is not contiguous, give positions. cache: from `init_cache` or a previous call; it holds only real tokens.
+    tokens: right-padded.
+    lengths: real tokens per row (None: all are); padding never reaches a real position.
+    positions: for rotary embedding and windows; by default the index, counted from the start of the
+      segment or on from the cached tokens.
+    segments: several sequences in one row, numbered from 1, 0 = padding; attention stays within a
+      segment. Where a segment is not contiguous, give positions.
+    cache: from `init_cache` or a previous call; it keeps only real tokens.
     """
     params = variables['params']
     if segments is not None and (cache is not None or self.config.head_kind == 'scalar'):

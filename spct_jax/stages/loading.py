@@ -60,7 +60,7 @@ def data(config: Any) -> Data:
       skipped[reason] = [*skipped.get(reason, []), *names]
     train, held = loaded.examples, held.examples
   else:
-    parts = heldout.split(loaded.examples, fraction=fields.heldout, seed=config.seed)
+    parts = heldout.split(loaded.examples, fraction=fields.heldout, seed=config.seed, by='prompt')
     train, held = parts.train, parts.held_out[: fields.eval_limit or None]
   train, held = _labelled(train, skipped), _labelled(held, skipped)
   if not train or not held:

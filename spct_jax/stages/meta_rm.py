@@ -143,7 +143,9 @@ def run(config: Any, workdir: Workdir, mesh: Any, generate: Any = None) -> None:
 
 def _rows(config, examples, sources, settings, tok):
   """([(row, target)] to train on, the same of held-out items); over-long trajectories are named."""
-  parts = heldout.split(examples, fraction=config.meta_rm.heldout, seed=config.seed + 1)
+  parts = heldout.split(
+      examples, fraction=config.meta_rm.heldout, seed=config.seed + 1, by='prompt'
+  )
   out = []
   for part in (parts.train, parts.held_out):
     found, wanted = [], []

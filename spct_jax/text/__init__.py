@@ -1,1 +1,1 @@
-"""Text in, token ids out: tokenizers, chat templates, the markers of the prompt, and the encoder."""
+"""Text in, token ids out: tokenizers, chat templates, the prompt's markers, and the encoder."""

@@ -1,10 +1,11 @@
 """Puts a user message into a tokenizer's own chat template, up to where the assistant's answer begins.
 
-The template is rendered once with a placeholder for the message and split there, so the message itself
-never passes through it: its data spans stay data, and no template can trim, search or escape them. A
-template that opens the assistant's turn by itself (some fine-tunes do, whatever add_generation_prompt
-says) is taken as it is; one that leaves it closed is opened with the header it gives to an assistant's
-message. A tokenizer without a template gets plain `User:` and `Assistant:` lines.
+The template is rendered once with a placeholder for the message and split there, so the message
+itself never passes through it: its data spans stay data, and no template can trim, search or escape
+them. A template that opens the assistant's turn by itself (some fine-tunes do, whatever
+add_generation_prompt says) is taken as it is; one that leaves it closed is opened with the header
+it gives to an assistant's message. A tokenizer without a template gets plain `User:` and
+`Assistant:` lines.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ _PLAIN = ('User:\n', '\n\nAssistant:\n')
 
 
 def wrap(spans: Sequence[Span], tokenizer: Any) -> list[Span]:
-  """The spans of a user message, between the frame that opens it and the one that opens the answer."""
+  """The spans of a user message, with the frame that opens it and the one that opens the answer."""
   head, tail = frame(tokenizer.hf)
   return [Span(head, data=False), *spans, Span(tail, data=False)]
 
@@ -95,20 +96,28 @@ def _render(hf: Any, turns: list[tuple[str, str]], add_generation_prompt: bool) 
   messages = [{'role': role, 'content': content} for role, content in turns]
   try:
     return hf.apply_chat_template(
-        messages, chat_template=template_text(hf), tokenize=False, add_generation_prompt=add_generation_prompt
+        messages,
+        chat_template=template_text(hf),
+        tokenize=False,
+        add_generation_prompt=add_generation_prompt,
     )
   except Exception as error:  # Templates are programs: they raise whatever they like.
-    raise ValueError(f"chat template: it cannot render a {turns[-1][0]}'s turn: {error}; correct the tokenizer's "
-                     'chat_template, or remove it to get plain User: and Assistant: lines') from error
+    raise ValueError(
+        f"chat template: it cannot render a {turns[-1][0]}'s turn: {error}; correct the tokenizer's "
+        'chat_template, or remove it to get plain User: and Assistant: lines'
+    ) from error
 
 
 def _split(text: str, placeholder: str) -> tuple[str, str]:
   if text.count(placeholder) != 1:
-    raise ValueError(f'chat template: a message came out {text.count(placeholder)} times, expected once; '
-                     "correct the tokenizer's chat_template")
+    raise ValueError(
+        f'chat template: a message came out {text.count(placeholder)} times, expected once; '
+        "correct the tokenizer's chat_template"
+    )
   before, after = text.split(placeholder)
   return before, after
 
 
 def _adds_bos(hf: Any) -> bool:
-  return hf.bos_token_id is not None and hf.encode('a', add_special_tokens=True)[:1] == [hf.bos_token_id]
+  first = hf.encode('a', add_special_tokens=True)[:1]
+  return hf.bos_token_id is not None and first == [hf.bos_token_id]

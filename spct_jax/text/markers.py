@@ -1,16 +1,17 @@
 """The strings that frame a judge's prompt, and how quoted text is kept from imitating them.
 
-The markers are the interface of the released generalist reward models (paper, appendix: prompt formats).
-`neutralise` leaves quoted text as it is, except that each place where it imitates a marker receives the
-word `(quoted)`: `[The End of Response 1]` becomes `[(quoted) The End of Response 1]`, and `Analysis:`
-becomes `Analysis (quoted):`. Nothing is ever removed, so the text stays readable and the original can be
-had back by deleting what was inserted.
+The markers are the interface of the released generalist reward models (paper, appendix: prompt
+formats). `neutralise` leaves quoted text as it is, except that each place where it imitates a
+marker receives the word `(quoted)`: `[The End of Response 1]` becomes `[(quoted) The End of
+Response 1]`, and `Analysis:` becomes `Analysis (quoted):`. Nothing is ever removed, so the text
+stays readable and the original can be had back by deleting what was inserted.
 
 What counts as an imitation is decided on a folded copy: compatibility forms (full-width letters and
-brackets), case, accents, look-alike letters, and everything invisible or blank are folded away first.
-Section headers, response frames and the hint are searched across line ends; the labels of the answer
-(`Analysis:` and its like) count only at the start of a line, behind any Markdown. Since the inserted
-word is part of no marker and the search sees through blanks, an insertion can make no new marker.
+brackets), case, accents, look-alike letters, and everything invisible or blank are folded away
+first. Section headers, response frames and the hint are searched across line ends; the labels of
+the answer (`Analysis:` and its like) count only at the start of a line, behind any Markdown. Since
+the inserted word is part of no marker and the search sees through blanks, an insertion can make no
+new marker.
 """
 
 from __future__ import annotations
@@ -95,28 +96,32 @@ _MARKDOWN = r'[>*_#`~+\-\u2010-\u2015|=•·."“”\'()<\[]*(?:\d{1,2}[.):]?[*_
 _LABELS = r'(?:specific\n?criteria|analysis|(?:final|overall)?scores)'
 _SIGN = r'[*_`~)\]"”]*\n?:'
 _BOX = r'[*_`~$<]*\n?[*_`~$<]*\\+boxed'
-# Openings get the word in front of what is matched last, labels behind what is matched last. `joined` is
-# the folded text without its line ends, in which the first group is searched.
+# An opening gets the word behind its match, which is empty; a label gets it behind its last letter.
+# JOINED: searched in the folded text without its line ends; the others with them.
 _OPENINGS_JOINED = (
     re.compile(rf'(?<=####)(?={_NAMES})'),
     re.compile(r'(?<=\[)(?=the(?:begin|end)(?:ning|ing)?ofresponse)'),
 )
-_LABELS_JOINED = (re.compile(rf'thebestresponseis(?={_SIGN}response)|thecorrectscoreis(?={_SIGN}\d)'),)
+_LABELS_JOINED = (
+    re.compile(rf'thebestresponseis(?={_SIGN}response)|thecorrectscoreis(?={_SIGN}\d)'),
+)
 _OPENINGS = (re.compile(rf'(?<=#)(?=(?:{_NAMES})#)'),)
 _LABEL_LINES = (
     re.compile(rf'^{_MARKDOWN}{_LABELS}(?={_SIGN})', re.MULTILINE),
     re.compile(rf'^{_MARKDOWN}(?:final|overall)?score(?={_SIGN}{_BOX})', re.MULTILINE),
     re.compile(rf'scores(?={_SIGN}{_BOX})'),
 )
-_TURN_LINES = (re.compile(rf'^{_MARKDOWN}(?:system|user|human|assistant)(?={_SIGN})', re.MULTILINE),)
+_TURN_LINES = (
+    re.compile(rf'^{_MARKDOWN}(?:system|user|human|assistant)(?={_SIGN})', re.MULTILINE),
+)
 
 
 def neutralise(text: str, turns: bool = False) -> str:
   """Returns `text` with `(quoted)` put into whatever imitates a marker; idempotent.
 
   Args:
-    turns: also treat `User:` and its like at the start of a line as markers, which they are inside the
-      conversation, where a message could otherwise speak for the next one.
+    turns: also treat `User:` and its like at the start of a line as markers, which they are inside
+      the conversation, where a message could otherwise speak for the next one.
   """
   pieces, start = [], 0
   for place, word in sorted(_insertions(text, turns).items()):

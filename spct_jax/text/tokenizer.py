@@ -1,14 +1,15 @@
 """Text to token ids and back, with two ways in: trusted frame text, and quoted data.
 
-`encode` reads frame text, in which `<|im_end|>` is one special token. `encode_data` reads quoted text, in
-which it is ten ordinary characters: a second tokenizer is made from the same vocabulary and rules with
-all added tokens taken out. Where a vocabulary holds a special token as an ordinary entry, too (word-level
-and unigram vocabularies do), its text is cut in two before it is encoded, so that it stays readable and
-its id cannot come out.
+`encode` reads frame text, in which `<|im_end|>` is one special token. `encode_data` reads quoted
+text, in which it is ten ordinary characters: a second tokenizer is made from the same vocabulary
+and rules with all added tokens taken out. Where a vocabulary holds a special token as an ordinary
+entry, too (word-level and unigram vocabularies do), its text is cut in two before it is encoded, so
+that it stays readable and its id cannot come out.
 
-The blank that SentencePiece-like tokenizers put in front of a text is put in front of a whole prompt only:
-`encode_next` and `encode_data`, which encode the further pieces of a prompt, do not add it. Byte-level
-tokenizers give every text back exactly; one that normalises Unicode (Qwen: NFC) gives it back normalised.
+The blank that SentencePiece-like tokenizers put in front of a text is put in front of a whole
+prompt only: `encode_next` and `encode_data`, which encode the further pieces of a prompt, do not
+add it. Byte-level tokenizers give every text back exactly; one that normalises Unicode (Qwen: NFC)
+gives it back normalised.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class Tokenizer:
 
   Attributes:
     hf: the `PreTrainedTokenizerFast`, with all it knows.
-    eos_ids: the ids that end an answer: the tokenizer's own, and the one that ends an assistant's turn.
+    eos_ids: the ids that end an answer: the tokenizer's own, and what ends an assistant's turn.
     pad_id: what fills up a batch; it is never read, masks come from lengths.
     vocab_size: one more than the largest id, added tokens included.
     chat_template: the tokenizer's own jinja template, or None.
@@ -79,8 +80,8 @@ class Tokenizer:
   def reserved(self) -> frozenset[int]:
     """The ids that quoted text can never produce: special and added tokens.
 
-    Left out are runs of blanks, which some vocabularies list as added tokens and which mean nothing else,
-    and the id of unknown words, which is what a word-level vocabulary has to answer with.
+    Left out are runs of blanks, which some vocabularies list as added tokens and which mean nothing
+    else, and the id of unknown words, which is what a word-level vocabulary has to answer with.
     """
     added = self.hf.added_tokens_decoder
     ids = {index for index, token in added.items() if token.content.strip(_BLANKS)}
@@ -99,7 +100,7 @@ class Tokenizer:
     return _from_rules(self._rules | {'added_tokens': []})
 
   def _cut(self, text: str, encoding: Any) -> list[str]:
-    """Cuts `text` inside each reserved token that came out of it; a token of one character becomes a blank."""
+    """Cuts `text` inside each reserved token found in it; one of a single character becomes a blank."""
     pieces, start = [], 0
     for index, (first, stop) in zip(encoding.ids, encoding.offsets):
       if index not in self.reserved:
@@ -115,26 +116,32 @@ class Tokenizer:
 
 
 def load(path: str | pathlib.Path) -> Tokenizer:
-  """Loads a tokenizer: a Hugging Face folder, a GPT-2 folder (encoder.json, vocab.bpe), or 'builtin:small'."""
+  """Loads a Hugging Face folder, a GPT-2 folder (encoder.json, vocab.bpe), or 'builtin:small'."""
   if str(path).startswith('builtin:') and str(path) not in BUILTIN:
     raise ValueError(f'tokenizer: got {str(path)!r}; the package carries: {", ".join(BUILTIN)}')
   folder = BUILTIN.get(str(path)) or pathlib.Path(path)
   if not folder.is_dir():
-    raise ValueError(f'tokenizer: no folder {str(folder)!r}; give a Hugging Face folder or {", ".join(BUILTIN)}')
+    raise ValueError(
+        f'tokenizer: no folder {str(folder)!r}; give a Hugging Face folder or {", ".join(BUILTIN)}'
+    )
   if (folder / 'encoder.json').is_file() and (folder / 'vocab.bpe').is_file():
     hf = _read_gpt2(folder)
   elif (folder / 'tokenizer.json').is_file() or (folder / 'tokenizer_config.json').is_file():
     hf = _read_hf(folder)
   else:
-    raise ValueError(f'tokenizer: {folder} holds no tokenizer; expected tokenizer.json, tokenizer_config.json '
-                     'with the vocabulary files it needs, or encoder.json with vocab.bpe')
+    raise ValueError(
+        f'tokenizer: {folder} holds no tokenizer; expected tokenizer.json, tokenizer_config.json '
+        'with the vocabulary files it needs, or encoder.json with vocab.bpe'
+    )
   return wrap(hf)
 
 
 def wrap(hf: Any) -> Tokenizer:
   """Puts a loaded `PreTrainedTokenizerFast` behind our calls."""
   if not getattr(hf, 'is_fast', False):
-    raise ValueError(f'tokenizer: {type(hf).__name__} is no fast tokenizer; convert it to a tokenizer.json first')
+    raise ValueError(
+        f'tokenizer: {type(hf).__name__} is no fast tokenizer; convert it to a tokenizer.json first'
+    )
   ends = [hf.eos_token_id, chat.turn_end(hf)]
   eos_ids = tuple(dict.fromkeys(index for index in ends if index is not None))
   if not eos_ids:
@@ -155,7 +162,9 @@ def _read_hf(folder: pathlib.Path) -> Any:
   try:
     return transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
   except (OSError, TypeError, ValueError, KeyError) as error:
-    raise ValueError(f'tokenizer: {folder} could not be read as a Hugging Face tokenizer: {error}') from error
+    raise ValueError(
+        f'tokenizer: {folder} could not be read as a Hugging Face tokenizer: {error}'
+    ) from error
 
 
 def _read_gpt2(folder: pathlib.Path) -> Any:
@@ -180,7 +189,7 @@ def _from_rules(rules: dict[str, Any]) -> Any:
 
 
 def _without_prefix(rules: dict[str, Any]) -> dict[str, Any]:
-  """The rules of a tokenizer, without a blank in front, padding, cutting, or tokens put around the text."""
+  """The rules without a blank in front, padding, truncation, or tokens put around the text."""
   rules = rules | {'truncation': None, 'padding': None, 'post_processor': None}
   rules['normalizer'] = _steps(rules['normalizer'], 'normalizers')
   rules['pre_tokenizer'] = _steps(rules['pre_tokenizer'], 'pretokenizers')

@@ -71,7 +71,7 @@ def test_the_advantages_of_groups_of_four(right, expected):
 @pytest.mark.parametrize('group', range(1, 9))
 def test_advantages_of_every_group(group):
   rewards = np.array(list(itertools.product([-1.0, 1.0], repeat=group)), np.float32)
-  got = np.asarray(grpo.advantages(rewards))
+  got = np.asarray(jax.jit(grpo.advantages)(rewards))
   for row, values in zip(got, rewards.tolist()):
     mean = sum(values) / group
     std = math.sqrt(sum((v - mean) ** 2 for v in values) / group)
@@ -82,10 +82,10 @@ def test_advantages_of_every_group(group):
   np.testing.assert_array_equal(grpo.has_signal(rewards), [len(set(v)) > 1 for v in rewards.tolist()])
 
 
-def test_equal_rewards_that_round_give_exact_zeros():
-  for value in (0.1, 0.3, 1e-3, 7.7):
-    for group in range(1, 9):
-      assert (np.asarray(grpo.advantages(np.full((1, group), value, np.float32))) == 0).all()
+@pytest.mark.parametrize('group', [1, 3, 6, 7])
+def test_equal_rewards_that_round_give_exact_zeros(group):
+  rewards = np.repeat(np.float32([[0.1], [0.3], [1e-3], [7.7]]), group, axis=1)
+  assert (np.asarray(jax.jit(grpo.advantages)(rewards)) == 0).all()
 
 
 def test_advantages_take_an_eps_and_integers():
@@ -111,7 +111,7 @@ def test_k3_has_the_gradient_of_its_formula():
   np.testing.assert_allclose(gradient, -np.expm1(x.astype(np.float64)), rtol=2e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize('seed', range(20))
+@pytest.mark.parametrize('seed', range(12))
 def test_the_loss_against_the_loop(seed):
   logp, old, ref, advantage, mask = batch(seed)
   clip_eps, beta = [(0.2, 0.08), (0.1, 0.0), (0.3, 0.5)][seed % 3]
@@ -171,12 +171,12 @@ def test_finite_gradients_under_every_mask(garbage):
     assert all((g == 0).all() for g in others)  # stopped: old, reference and advantage
 
 
-@pytest.mark.parametrize('gap', [50.0, 200.0, 1e6, float('inf')])
-def test_an_overflowing_ratio_poisons_nothing(gap):
-  for sign, advantage in itertools.product((1, -1), (1.0, -1.0, 0.0)):
+def test_an_overflowing_ratio_poisons_nothing():
+  both = jax.jit(jax.value_and_grad(lambda x, old, a: grpo.loss(x, old, old, a, np.ones((1, 2), bool))[0]))
+  for gap, sign, advantage in itertools.product((50, 200, 1e6, INF), (1, -1), (1.0, -1.0, 0.0)):
     logp = np.array([[-1.0, -2.0]], np.float32)
     old = logp - np.float32([[sign * gap, 0]])
-    value, gradient = jax.value_and_grad(lambda x: grpo.loss(x, old, old, np.float32([advantage]), old == old)[0])(logp)
+    value, gradient = both(logp, old, np.float32([advantage]))
     assert np.isfinite(float(value)) and np.isfinite(np.asarray(gradient)).all()
 
 
@@ -196,7 +196,7 @@ def torch_loss(logp, old, ref, advantage, mask, clip_eps, beta):
   return loss.item(), logp.grad.numpy()
 
 
-@pytest.mark.parametrize('seed', range(10))
+@pytest.mark.parametrize('seed', range(4))
 def test_value_and_gradient_against_torch(seed):
   logp, old, ref, advantage, mask = batch(seed, rows=8, length=7)
   mask[:, 0] = True  # there the mean over sequences needs no care for empty ones
@@ -206,7 +206,7 @@ def test_value_and_gradient_against_torch(seed):
     total, count = grpo.loss(x, old, ref, advantage, mask, clip_eps=0.2, kl_coef=0.08)
     return total / count
 
-  value, gradient = jax.value_and_grad(mean_loss)(logp)
+  value, gradient = jax.jit(jax.value_and_grad(mean_loss))(logp)
   np.testing.assert_allclose(float(value), expected, rtol=2e-5, atol=2e-6)
   np.testing.assert_allclose(np.asarray(gradient), expected_gradient, rtol=2e-4, atol=2e-6)
 

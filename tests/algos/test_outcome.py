@@ -89,10 +89,11 @@ def test_nan_scores_never_win():
 
 
 @pytest.mark.parametrize('dtype', [np.int8, np.int32, np.float32])
-@pytest.mark.parametrize('seed', range(8))
+@pytest.mark.parametrize('seed', range(4))
 def test_against_the_loop(dtype, seed):
   rng = np.random.default_rng(seed)
-  items, samples, responses = 60, int(rng.integers(1, 6)), int(rng.integers(1, 6))
+  samples, responses = [(3, 4), (1, 2), (5, 1), (2, 5)][seed]
+  items = 60
   scores = rng.integers(0, 4, (items, samples, responses)).astype(dtype)  # few values: many ties
   valid = rng.random((items, samples)) < 0.8
   response_mask = rng.random((items, responses)) < 0.7

@@ -71,7 +71,7 @@ def test_a_mix_is_in_proportion_from_the_first_row_on(fraction, batch_size):
   taken = np.cumsum(source)
   share = np.arange(1, length + 1) * fraction
   assert (np.abs(taken - share) < 1 + 1e-3).all()
-  assert taken[99] == round(100 * fraction - 1e-9 if fraction != 1 / 3 else 33)
+  assert taken[99] == {1 / 3: 33}.get(fraction, round(100 * fraction))
   for which, size in enumerate(sizes):
     mine, times = row[source == which], visit[source == which]
     np.testing.assert_array_equal(times, np.arange(len(mine)) // size)

@@ -29,6 +29,7 @@ OK = [
     ('set {a, {b}} and \\{ brace\nScores: \\boxed{8, 6}', (8, 6)),
     ('\\boxed{8 left open\nScores: \\boxed{8, 6}', (8, 6)),
     ('Scores: \\boxed{8, 6}\r\n', (8, 6)),
+    ('ſcores: \\boxed{1, 1}\nScores: \\boxed{8, 6}', (8, 6)),  # no ASCII letters, no label
 ]
 FAILED = [
     ('', 'empty'),
@@ -86,8 +87,9 @@ def test_reads(text, expected):
   assert parse.scores(text, 2) == expected
 
 
-# Seen to fail: \d+ for ASCII digits; the last box only, where boxes disagree; boxes before a bare `Scores:` taken;
-# an int() without the look at the length (raises); the text before </think> read.
+# Seen to fail: \d for ASCII digits; leading zeros; the last box taken where boxes disagree; a box before a bare
+# `Scores:` taken; int() without the look at the length (raises); thoughts read; an open box overlooked, with a
+# score line and without; boxes before the score line made to agree, too.
 @pytest.mark.parametrize('text, kind', FAILED)
 def test_fails_with_a_reason(text, kind):
   assert parse.read(text, 2) == parse.Parsed(None, kind)

@@ -68,7 +68,8 @@ def test_in_and_out_of_transformers(name, tmp_path):
 
 CONFIG = ModelConfig(
     vocab_size=19, width=16, heads=4, kv_heads=2, head_dim=4, ffn=24, vocab_multiple=8, qk_norm=True,
-    head=(BlockConfig(),), period=(BlockConfig(window=3), BlockConfig()), num_periods=2, remainder=(BlockConfig(),),
+    head=(BlockConfig(),), period=(BlockConfig(window=3), BlockConfig()), num_periods=2,
+    remainder=(BlockConfig(),),
 )
 
 

@@ -1,4 +1,4 @@
-"""Decoding with a cache gives the logits of reading everything at once, also from prefixes of different lengths."""
+"""Decoding with a cache gives the logits of reading everything at once, also from ragged prefixes."""
 
 import dataclasses
 
@@ -92,7 +92,10 @@ def test_layout_follows_the_layers():
   }
 
 
-@pytest.mark.parametrize('ref', [LayerRef('head', 0, None, CONFIG.head[0]), LayerRef('period', 1, 1, CONFIG.period[1])])
+REFS = (LayerRef('head', 0, None, CONFIG.head[0]), LayerRef('period', 1, 1, CONFIG.period[1]))
+
+
+@pytest.mark.parametrize('ref', REFS)
 @pytest.mark.parametrize('index', [2, [2, 0, 3]])
 def test_write_touches_one_layer_and_place(ref, index):
   # Seen to fail: rows and places exchanged in the scatter; the period index left at 0.

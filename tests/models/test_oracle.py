@@ -10,8 +10,9 @@ from spct_jax.models.transformer import Transformer
 
 CONFIG = ModelConfig(
     vocab_size=13, width=12, heads=4, kv_heads=2, head_dim=6, ffn=10, vocab_multiple=8, norm_eps=1e-5,
-    head=(BlockConfig(window=2, rope_theta=50.0),), period=(BlockConfig(window=4, rope_theta=100.0), BlockConfig()),
-    num_periods=2, remainder=(BlockConfig(rope_scaling=RopeScaling(4.0, 1.0, 3.0, 16)),),
+    head=(BlockConfig(window=2, rope_theta=50.0),),
+    period=(BlockConfig(window=4, rope_theta=100.0), BlockConfig()), num_periods=2,
+    remainder=(BlockConfig(rope_scaling=RopeScaling(4.0, 1.0, 3.0, 16)),),
     qkv_bias=True, qk_norm=True,
 )
 
@@ -79,7 +80,8 @@ def numpy_logits(params, tokens, config):
   x = params['embed']['table'][tokens]
   for p, block in layers:
     x = numpy_block(x, p, block, config)
-  return (numpy_norm(x, params['final_norm']['scale'], config.norm_eps) @ params['unembed']['kernel'])[:, : config.vocab_size]
+  x = numpy_norm(x, params['final_norm']['scale'], config.norm_eps)
+  return (x @ params['unembed']['kernel'])[:, : config.vocab_size]
 
 
 @pytest.fixture(scope='module')

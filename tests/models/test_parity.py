@@ -65,7 +65,8 @@ def to_params(tensors, config):
   for ours, theirs in (('gate', 'gate_proj'), ('up', 'up_proj'), ('down', 'down_proj')):
     block[ours] = {'kernel': stack(f'mlp.{theirs}.weight').swapaxes(1, 2)}
   if config.qk_norm:
-    block |= {'q_norm': {'scale': stack('self_attn.q_norm.weight')}, 'k_norm': {'scale': stack('self_attn.k_norm.weight')}}
+    for name in ('q_norm', 'k_norm'):
+      block[name] = {'scale': stack(f'self_attn.{name}.weight')}
   params = {
       'embed': {'table': tensors['model.embed_tokens.weight']}, 'period': {'0': block},
       'final_norm': {'scale': tensors['model.norm.weight']},
@@ -94,7 +95,8 @@ def test_logits_and_gradients(name):
   real = np.arange(9)[None, :] < lengths[:, None]
   weight = rng.normal(size=(2, 9, V)).astype(np.float32) * real[:, :, None]
 
-  theirs = reference(torch.tensor(tokens, dtype=torch.long), attention_mask=torch.tensor(real.astype(np.int64))).logits
+  attention_mask = torch.tensor(real.astype(np.int64))
+  theirs = reference(torch.tensor(tokens, dtype=torch.long), attention_mask=attention_mask).logits
   (theirs * torch.tensor(weight)).sum().backward()
   want = to_params({k: v.grad for k, v in tensors.items()}, config)
 
@@ -104,4 +106,5 @@ def test_logits_and_gradients(name):
 
   got, logits = jax.jit(jax.grad(total, has_aux=True))(params)
   np.testing.assert_allclose(np.asarray(logits)[real], theirs.detach().numpy()[real], atol=1e-4)
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4, rtol=2e-4), got, jax.tree.map(jnp.asarray, want))
+  close = lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4, rtol=2e-4)
+  jax.tree.map(close, got, jax.tree.map(jnp.asarray, want))

@@ -34,7 +34,7 @@ def test_too_long_too_many_and_empty_are_refused():
     encode.batch([[1], [1]], 4, rows=1)
 
 
-# Seen to fail: each frame span encoded by itself (how a frame was cut would show in its ids).
+# Seen to fail: each frame span encoded by itself; neighbouring data spans joined.
 def test_frame_is_joined_and_data_is_not(small):
   cut = [Span('Sco', False), Span('res', False), Span('Sco', True), Span('res', True)]
   whole = [Span('Scores', False), Span('Sco', True), Span('', False), Span('res', True)]

@@ -3,29 +3,29 @@
 Run it:
 
   python -m spct_jax.main --config=configs/spct_small.py:smoke --workdir=/tmp/smoke
-  python -m spct_jax.main --config=configs/spct_small.py --workdir=/tmp/spct --config.grpo.kl_coef=0.02
-  python -m spct_jax.main --config=configs/spct_small.py --workdir=/tmp/spct --config.stage=evaluate
+  python -m spct_jax.main --config=configs/spct_small.py --workdir=/tmp/spct --config.seed=1
+  python -m spct_jax.main --config=configs/spct_small.py --workdir=/tmp/spct --config.stage=sft
 
-  --config=PAGE.py[:CHOICES]  the page of numbers; choices after the colon move several fields at once
-  --config.FIELD=VALUE        sets one field of the page: --config.seed=3, --config.evaluate.ks='(1,8)'
+  --config=PAGE.py[:CHOICES]  the page of numbers; a choice moves several fields at once
+  --config.FIELD=VALUE        sets one field: --config.seed=3, --config.evaluate.ks='(1,8)'
   --workdir=FOLDER            where everything is written
   --strict                    an unusable item is an error, not a counted and named skip
   --help                      this text; with --config=PAGE.py, that page's own text and fields
 
-Resume: start the same command again. A workdir belongs to one config: finished stages are skipped, an
-unfinished one continues from its last checkpoint, and a finished stage whose inputs changed runs again.
-Fields under mesh, sharding and logging may differ, so a run may continue on other devices.
+Resume: start the same command again. A workdir belongs to one config: finished stages are skipped,
+an unfinished one continues from its last checkpoint, and a finished stage whose inputs changed runs
+again. Fields under mesh, sharding and logging may differ, so a run may continue on other devices.
 
 Several processes: start the same command in each, with
 
-  --coordinator=HOST:PORT --num_processes=N --process_id=I   (on any cluster), or
-  --distributed                                              (where JAX knows the cluster: TPU pods, Slurm)
+  --coordinator=HOST:PORT --num_processes=N --process_id=I   on any cluster, or
+  --distributed                                              where JAX knows it: TPU pods, Slurm
 
 The workdir must be a folder that all of them see. JAX_NUM_CPU_DEVICES=8 in the environment gives a
 process 8 CPU devices to try a mesh on.
 
-Exit codes: 0 done, 1 an internal error (with its traceback), 2 a mistake in the command, the config or
-the data (with its message), 130 or 143 stopped by Ctrl-C or SIGTERM.
+Exit codes: 0 done, 1 an internal error (with its traceback), 2 a mistake in the command, the config
+or the data (with its message), 130 or 143 stopped by Ctrl-C or SIGTERM.
 """
 
 # Only the light imports stand here: a mistake in the command is answered before JAX is loaded.
@@ -76,33 +76,43 @@ def parse(argv: Sequence[str]) -> flags.FlagValues:
   page = _page(argv)
   if page is None:
     raise ValueError(
-        '--config is missing; give a page and a workdir, for example\n'
-        '  python -m spct_jax.main --config=configs/spct_small.py:smoke --workdir=/tmp/smoke\n'
-        '--help lists the pages'
+      '--config is missing; give a page and a workdir, for example\n'
+      '  python -m spct_jax.main --config=configs/spct_small.py:smoke --workdir=/tmp/smoke\n'
+      '--help lists the pages'
     )
   if not pathlib.Path(page.partition(':')[0]).is_file():
-    raise ValueError(f'--config={page}: there is no file {page.partition(":")[0]}; --help lists the pages')
+    raise ValueError(
+      f'--config={page}: there is no file {page.partition(":")[0]}; --help lists the pages'
+    )
   # First the page as it stands: the names and types that the overrides are held against.
   config = _read_flags([f'--config={page}']).config
   if not isinstance(config, ConfigDict):
-    raise ValueError(f'--config={page}: get_config returns a {type(config).__name__}, not a ConfigDict')
+    raise ValueError(
+      f'--config={page}: get_config returns a {type(config).__name__}, not a ConfigDict'
+    )
   for name in _overrides(argv):
     _check_field(config, name)
   settings = _read_flags(argv)
   for field in ('stage', 'strict', 'mesh'):
     if field not in settings.config:
-      raise ValueError(f'--config={page}: the page has no field {field!r}; every page needs stage, strict and mesh')
+      raise ValueError(
+        f'--config={page}: the page has no field {field!r}; every page needs stage, strict and mesh'
+      )
   if not settings.workdir:
-    raise ValueError('--workdir is missing; give the folder to write into, for example --workdir=/tmp/spct')
+    raise ValueError(
+      '--workdir is missing; give the folder to write into, for example --workdir=/tmp/spct'
+    )
   several = [settings.coordinator, settings.num_processes, settings.process_id]
   if any(value is not None for value in several) and (None in several or settings.distributed):
     raise ValueError(
-        '--coordinator, --num_processes and --process_id go together, and without --distributed; got '
-        f'coordinator={settings.coordinator}, num_processes={settings.num_processes}, '
-        f'process_id={settings.process_id}, distributed={settings.distributed}'
+      '--coordinator, --num_processes and --process_id go together, and without --distributed; got '
+      f'coordinator={settings.coordinator}, num_processes={settings.num_processes}, '
+      f'process_id={settings.process_id}, distributed={settings.distributed}'
     )
   if settings.num_processes is not None and not 0 <= settings.process_id < settings.num_processes:
-    raise ValueError(f'--process_id={settings.process_id}: allowed are 0 to {settings.num_processes - 1}')
+    raise ValueError(
+      f'--process_id={settings.process_id}: allowed are 0 to {settings.num_processes - 1}'
+    )
   if settings.strict:
     settings.config.strict = True
   return settings
@@ -113,14 +123,17 @@ def _run(settings: flags.FlagValues) -> None:
 
   config = settings.config
   if config.stage not in stages.RUN:
-    raise ValueError(f'config.stage={config.stage!r} is not a stage; the stages are {", ".join(stages.RUN)}')
+    raise ValueError(
+      f'config.stage={config.stage!r} is not a stage; the stages are {", ".join(stages.RUN)}'
+    )
 
   import jax
 
   from spct_jax import sharding
   from spct_jax.stages import plan, workdir
 
-  # With JAX's own frames in the traceback, an error raised by JAX can be told from a user's mistake.
+  # With JAX's own frames in the traceback, an error raised by JAX can be told from a user's
+  # mistake.
   jax.config.update('jax_traceback_filtering', 'off')
   if settings.distributed:
     jax.distributed.initialize()
@@ -145,7 +158,7 @@ def _read_flags(argv: Sequence[str]) -> flags.FlagValues:
   words = ['spct_jax.main', *argv]
   # Overrides are found in `sys_argv`, which would otherwise be the process's own.
   config_flags.DEFINE_config_file(
-      'config', None, 'page of numbers', flag_values=values, lock_config=True, sys_argv=words
+    'config', None, 'page of numbers', flag_values=values, lock_config=True, sys_argv=words
   )
   flags.DEFINE_string('workdir', None, 'folder to write into', flag_values=values)
   flags.DEFINE_bool('strict', False, 'an unusable item is an error', flag_values=values)
@@ -156,17 +169,21 @@ def _read_flags(argv: Sequence[str]) -> flags.FlagValues:
   try:
     rest = values(words)
   except flags.IllegalFlagValueError as error:
-    # ml_collections puts the traceback of an error in the page into its message. A ValueError there is the
-    # page's refusal of a choice, and its words are enough; anything else is a broken page.
+    # ml_collections puts the traceback of an error in the page into its message. A ValueError there
+    # is the page's refusal of a choice, and its words are enough; anything else is a broken page.
     head, found, words = str(error).rpartition('\nValueError: ')
-    raise ValueError(f'{head.partition(": ")[0]}: {words.strip()}' if found else str(error)) from None
+    raise ValueError(
+      f'{head.partition(": ")[0]}: {words.strip()}' if found else str(error)
+    ) from None
   except flags.Error as error:
     raise ValueError(f'{error}; --help shows the flags') from None
   except Exception as error:
     place = ''.join(traceback.format_exception(error, limit=-1)).rstrip()
     raise ValueError(f'the config page fails:\n{place}') from None
   if rest[1:]:
-    raise ValueError(f'unexpected {" ".join(rest[1:])!r}; flags are written --name=value; --help shows them')
+    raise ValueError(
+      f'unexpected {" ".join(rest[1:])!r}; flags are written --name=value; --help shows them'
+    )
   return values
 
 
@@ -197,9 +214,13 @@ def _check_field(config: ConfigDict, name: str) -> None:
       known = sorted(node) if isinstance(node, ConfigDict) else []
       near = difflib.get_close_matches(part, known, n=1)
       raise ValueError(
-          f'unknown config field --config.{name}: '
-          + (f'{above} has no {part!r}; it has {", ".join(known)}' if known else f'{above} is a value, not a section')
-          + (f'. Did you mean {near[0]!r}?' if near else '')
+        f'unknown config field --config.{name}: '
+        + (
+          f'{above} has no {part!r}; it has {", ".join(known)}'
+          if known
+          else f'{above} is a value, not a section'
+        )
+        + (f'. Did you mean {near[0]!r}?' if near else '')
       )
     node, above = node[part], f'{above}.{part}'
 
@@ -216,7 +237,7 @@ def _refuse(error: ValueError) -> int:
 
 
 class _Stopped(BaseException):
-  """A signal asked us to stop. No Exception, so that no handler on the way takes it for an error."""
+  """A signal asked us to stop. No Exception, so that no handler on the way swallows it."""
 
   def __init__(self, number: int):
     super().__init__(number)
@@ -243,8 +264,14 @@ def _help(argv: Sequence[str]) -> int:
 
   print(__doc__)
   print('Stages (--config.stage=NAME): ' + ', '.join(stages.RUN) + '\n')
-  pages = sorted(path for path in pathlib.Path('configs').glob('*.py') if path.name != '__init__.py')
-  print('Pages under configs/:' if pages else 'Pages: none under configs/ here; run this in the root of the clone.')
+  pages = sorted(
+    path for path in pathlib.Path('configs').glob('*.py') if path.name != '__init__.py'
+  )
+  print(
+    'Pages under configs/:'
+    if pages
+    else 'Pages: none under configs/ here; run this in the root of the clone.'
+  )
   for path in pages:
     print(f'\n  {path}\n    {_docstring(path).partition(chr(10))[0]}')
   if pages:
@@ -257,7 +284,7 @@ def _docstring(path: pathlib.Path) -> str:
 
 
 def _leave(code: int) -> NoReturn:
-  """Ends the process. After a failure it does not wait for threads, or for processes that wait for this one."""
+  """Ends the process; after a failure, without waiting for threads or other processes."""
   sys.stdout.flush()
   sys.stderr.flush()
   if code:

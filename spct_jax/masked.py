@@ -1,8 +1,10 @@
-"""Statistics over the True entries of a mask, with what every loss and rate in this project needs of them.
+"""Statistics over the True entries of a mask, with what every loss and rate in this project needs
+of them.
 
-What a mask hides never matters: NaN, infinities and huge numbers there change neither a value nor a gradient.
-An empty mask gives 0 and a gradient of 0. `x` and `mask` have one shape, because a `[2, 3]` beside a `[2, 1]`
-would broadcast in silence. Means, variances and deviations are float32 whatever the dtype of `x`.
+What a mask hides never matters: NaN, infinities and huge numbers there change neither a value nor a
+gradient. An empty mask gives 0 and a gradient of 0. `x` and `mask` have one shape, because a `[2,
+3]` beside a `[2, 1]` would broadcast in silence. Means, variances and deviations are float32
+whatever the dtype of `x`.
 
     x     3  1  nan  4  1e30  5
     mask  1  1   0   1   0    1      mean 3.25, max 5, min 1, sum 13
@@ -17,7 +19,9 @@ Array = jax.Array | np.ndarray
 Number = float | int | np.number | Num[Array, '']
 
 
-def count(mask: Bool[Array, '*s'], axis: int | None = None, keepdims: bool = False) -> Int[Array, '...']:
+def count(
+    mask: Bool[Array, '*s'], axis: int | None = None, keepdims: bool = False
+) -> Int[Array, '...']:
   """How many entries count."""
   return jnp.sum(jnp.asarray(mask), axis=axis, dtype=jnp.int32, keepdims=keepdims)
 
@@ -58,7 +62,8 @@ def std(
     keepdims: bool = False,
     ddof: int = 0,
 ) -> Float[Array, '...']:
-  """The root of `var`; where that is 0 the gradient is 0 too, not the infinite slope of the root."""
+  """The root of `var`; where that is 0 the gradient is 0 too, not the infinite slope of the
+  root."""
   variance = var(x, mask, axis, keepdims, ddof)
   spread = variance > 0
   return jnp.where(spread, jnp.sqrt(jnp.where(spread, variance, 1.0)), 0.0)
@@ -83,7 +88,8 @@ def min(
 
 
 def _shown(x: Shaped[Array, '*s'], mask: Bool[Array, '*s']) -> Shaped[Array, '*s']:
-  """`x` with zeros under the mask. The gradient of `where` is 0 there, so nothing hidden can come back."""
+  """`x` with zeros under the mask. The gradient of `where` is 0 there, so nothing hidden can come
+  back."""
   x = jnp.asarray(x)
   if jnp.issubdtype(x.dtype, jnp.floating):
     x = x.astype(jnp.float32)

@@ -12,6 +12,11 @@ os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
 os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
 
+# Many tests compile the same programs, in this process and in those that they start: once is enough.
+_CACHE = pathlib.Path(__file__).resolve().parents[1] / '.pytest_cache' / 'xla'
+os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(_CACHE))
+os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.5')
+
 import jax
 import pytest
 from jaxtyping import install_import_hook

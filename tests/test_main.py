@@ -1,7 +1,7 @@
 """The door: what the command line teaches, refuses and returns.
 
-Most tests call `main.main` in this process with a stage of their own; a few start a real process, for its
-exit code and its signals.
+Most tests call `main.main` in this process with a stage of their own; a few start a real process,
+for its exit code and its signals.
 """
 
 import json
@@ -47,7 +47,9 @@ def page(tmp_path):
 def calls(monkeypatch):
   """The stage 'probe', which records what it is given."""
   seen = []
-  monkeypatch.setitem(stages.RUN, 'probe', lambda config, workdir, mesh: seen.append((config, workdir, mesh)))
+  monkeypatch.setitem(
+    stages.RUN, 'probe', lambda config, workdir, mesh: seen.append((config, workdir, mesh))
+  )
   return seen
 
 
@@ -56,10 +58,22 @@ def _run(page, tmp_path, *words, choice=''):
 
 
 def test_the_stage_gets_config_workdir_and_mesh(page, tmp_path, calls, capsys):
-  code = _run(page, tmp_path, '--config.grpo.kl_coef=0.02', '--config.grpo.ks=(4,8)', '--strict', choice=':smoke')
+  code = _run(
+    page,
+    tmp_path,
+    '--config.grpo.kl_coef=0.02',
+    '--config.grpo.ks=(4,8)',
+    '--strict',
+    choice=':smoke',
+  )
   assert code == 0
   config, workdir, mesh = calls[0]
-  assert config.grpo.kl_coef == 0.02 and config.grpo.ks == (4, 8) and config.strict and config.logging.every == 1
+  assert (
+    config.grpo.kl_coef == 0.02
+    and config.grpo.ks == (4, 8)
+    and config.strict
+    and config.logging.every == 1
+  )
   assert workdir.path == tmp_path / 'w' and dict(mesh.shape) == {'data': 2, 'fsdp': 1, 'tensor': 1}
   assert json.loads((tmp_path / 'w' / 'config.json').read_text())['grpo']['kl_coef'] == 0.02
   assert capsys.readouterr().out.startswith('devices: 2 x cpu')
@@ -74,7 +88,7 @@ def test_the_same_command_runs_again_and_another_config_does_not(page, tmp_path,
 
 
 @pytest.mark.parametrize('words, message', [
-    # Seen to catch: leaving `sys_argv` out (overrides of the process instead of ours), and exit code 1 with a traceback.
+    # Seen to catch: no check of the names, which leaves an AttributeError of ml_collections.
     (['--config.nope=1'], "unknown config field --config.nope: config has no 'nope'; it has grpo, logging, "),
     (['--config.grpo.kl_coeff=1'], "config.grpo has no 'kl_coeff'; it has kl_coef, ks. Did you mean 'kl_coef'?"),
     (['--config.seed.x=1'], 'config.seed is a value, not a section'),
@@ -88,7 +102,9 @@ def test_the_same_command_runs_again_and_another_config_does_not(page, tmp_path,
     (['--process_id=0'], 'go together'),
     (['--coordinator=a:1', '--num_processes=2', '--process_id=2'], 'allowed are 0 to 1'),
 ])  # fmt: skip
-def test_a_mistake_in_the_command_is_code_2_with_a_message_and_no_workdir(page, tmp_path, calls, capsys, words, message):
+def test_a_mistake_in_the_command_is_code_2_with_a_message_and_no_workdir(
+  page, tmp_path, calls, capsys, words, message
+):
   assert _run(page, tmp_path, *words) == 2
   error = capsys.readouterr().err
   assert message in error and error.startswith('error: ') and 'Traceback' not in error
@@ -108,7 +124,9 @@ def test_missing_flags_and_pages_are_named(page, tmp_path, capsys):
 
 
 def test_a_page_without_the_common_fields_is_refused(tmp_path, capsys):
-  (tmp_path / 'page.py').write_text('from ml_collections import ConfigDict\ndef get_config(arg=None):\n  return ConfigDict({"stage": "sft"})\n')
+  (tmp_path / 'page.py').write_text(
+    'from ml_collections import ConfigDict\ndef get_config(arg=None):\n  return ConfigDict({"stage": "sft"})\n'
+  )
   assert _run(tmp_path / 'page.py', tmp_path) == 2
   assert "has no field 'strict'" in capsys.readouterr().err
 
@@ -120,11 +138,15 @@ def test_a_broken_page_shows_where(tmp_path, capsys):
   assert 'line 2' in error and "name 'nonsense' is not defined" in error
 
 
-def test_a_users_mistake_in_a_stage_is_code_2_and_leaves_the_workdir_free(page, tmp_path, monkeypatch, capsys):
+def test_a_users_mistake_in_a_stage_is_code_2_and_leaves_the_workdir_free(
+  page, tmp_path, monkeypatch, capsys
+):
   # Seen to catch: not withdrawing the config, which then refuses the corrected command.
   from spct_jax import sharding
 
-  monkeypatch.setitem(stages.RUN, 'probe', lambda config, workdir, mesh: sharding.make_mesh({'nope': 1}))
+  monkeypatch.setitem(
+    stages.RUN, 'probe', lambda config, workdir, mesh: sharding.make_mesh({'nope': 1})
+  )
   assert _run(page, tmp_path) == 2
   assert "unknown axis 'nope'" in capsys.readouterr().err
   monkeypatch.setitem(stages.RUN, 'probe', lambda config, workdir, mesh: None)
@@ -149,7 +171,15 @@ def test_help_teaches_and_shows_a_pages_own_words(page, capsys, monkeypatch):
   monkeypatch.chdir(_ROOT)
   assert main.main(['--help']) == 0
   text = capsys.readouterr().out
-  for words in ('--config=', '--workdir=', '--strict', 'Resume:', 'Exit codes:', '--coordinator', *stages.RUN):
+  for words in (
+    '--config=',
+    '--workdir=',
+    '--strict',
+    'Resume:',
+    'Exit codes:',
+    '--coordinator',
+    *stages.RUN,
+  ):
     assert words in text
   for config in sorted((_ROOT / 'configs').glob('*.py')):
     assert f'configs/{config.name}' in text
@@ -159,28 +189,41 @@ def test_help_teaches_and_shows_a_pages_own_words(page, capsys, monkeypatch):
 
 
 def _process(*words, cwd=_ROOT, **more):
-  environment = {**os.environ, 'PYTHONPATH': str(_ROOT), 'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': '2'}
+  environment = {
+    **os.environ,
+    'PYTHONPATH': str(_ROOT),
+    'JAX_PLATFORMS': 'cpu',
+    'JAX_NUM_CPU_DEVICES': '2',
+  }
   return subprocess.Popen(
-      [sys.executable, *words], cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more
+    [sys.executable, *words],
+    cwd=cwd,
+    env=environment,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+    **more,
   )
 
 
 def test_help_and_mistakes_end_a_real_process_before_jax_is_loaded(page, tmp_path):
   # Seen to catch: a module-level import of jax in main (the assertion on sys.modules).
   probe = (
-      'import sys; from spct_jax import main; codes = [main.main(["--help"]), '
-      f'main.main(["--config={page}", "--workdir={tmp_path}/w", "--config.nope=1"])]; '
-      'assert "jax" not in sys.modules; sys.exit(codes[0] * 10 + codes[1])'
+    'import sys; from spct_jax import main; codes = [main.main(["--help"]), '
+    f'main.main(["--config={page}", "--workdir={tmp_path}/w", "--config.nope=1"])]; '
+    'assert "jax" not in sys.modules; sys.exit(codes[0] * 10 + codes[1])'
   )
   process = _process('-c', probe)
   _, error = process.communicate(timeout=60)
   assert process.returncode == 2, error
-  process = _process('-m', 'spct_jax.main', f'--config={page}', f'--workdir={tmp_path}/w', '--config.nope=1')
+  process = _process(
+    '-m', 'spct_jax.main', f'--config={page}', f'--workdir={tmp_path}/w', '--config.nope=1'
+  )
   _, error = process.communicate(timeout=60)
   assert process.returncode == 2 and 'unknown config field' in error and 'Traceback' not in error
 
 
-_SLEEPER = '''
+_SLEEPER = """
 import sys, time
 from spct_jax import main, stages
 def probe(config, workdir, mesh):
@@ -191,12 +234,12 @@ def probe(config, workdir, mesh):
     print('swallowed')
 stages.RUN['probe'] = probe
 main._leave(main.main(sys.argv[1:]))
-'''
+"""
 
 
 @pytest.mark.parametrize('number, code', [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_stopped_run_says_how_to_go_on(page, tmp_path, number, code):
-  # Seen to catch: no handler (code -15 and no word), and an Exception that a stage's handler swallows.
+  # Seen to catch: a stop that is an Exception, which a stage's own handler swallows.
   process = _process('-c', _SLEEPER, f'--config={page}', f'--workdir={tmp_path / "w"}')
   for _ in range(600):
     if (tmp_path / 'w' / 'started').exists():
@@ -205,4 +248,9 @@ def test_a_stopped_run_says_how_to_go_on(page, tmp_path, number, code):
   process.send_signal(number)
   out, error = process.communicate(timeout=60)
   assert process.returncode == code, error
-  assert 'the same command continues' in error and signal.Signals(number).name in error and 'Traceback' not in error and 'swallowed' not in out
+  assert (
+    'the same command continues' in error
+    and signal.Signals(number).name in error
+    and 'Traceback' not in error
+    and 'swallowed' not in out
+  )

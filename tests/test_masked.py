@@ -1,7 +1,9 @@
 """Masked statistics against plain loops, and their gradients under every mask.
 
-Mutations seen to fail here: `_shown` multiplying by the mask instead of selecting; `var` without the second mask
-on the centred values; `std` without the inner `where`; `max` filled with 0 instead of the least value.
+Mutations seen to fail here: `_shown` multiplying by a mask of numbers (by one of bools,
+the compiler makes it a selection again); `var` without
+the second mask on the centred values; `std` without the inner `where`; `max` filled with 0 instead
+of the least value.
 """
 
 import itertools
@@ -24,14 +26,26 @@ def loop_stats(values, mask, ddof=0):
     return dict(count=0, sum=0.0, mean=0.0, var=0.0, std=0.0, max=0.0, min=0.0)
   mean = math.fsum(shown) / n
   var = math.fsum((v - mean) ** 2 for v in shown) / (n - ddof) if n > ddof else 0.0
-  return dict(count=n, sum=math.fsum(shown), mean=mean, var=var, std=var**0.5, max=max(shown), min=min(shown))
+  return dict(
+      count=n,
+      sum=math.fsum(shown),
+      mean=mean,
+      var=var,
+      std=var**0.5,
+      max=max(shown),
+      min=min(shown),
+  )
 
 
 def test_the_example_of_the_docstring():
   x = np.array([3, 1, NAN, 4, 1e30, 5], np.float32)
   mask = np.array([1, 1, 0, 1, 0, 1], bool)
   assert float(masked.mean(x, mask)) == 3.25
-  assert (float(masked.max(x, mask)), float(masked.min(x, mask)), float(masked.sum(x, mask))) == (5, 1, 13)
+  assert (float(masked.max(x, mask)), float(masked.min(x, mask)), float(masked.sum(x, mask))) == (
+      5,
+      1,
+      13,
+  )
 
 
 @pytest.mark.parametrize('axis', [None, 0, -1])
@@ -54,11 +68,18 @@ def test_against_loops(dtype, axis):
     clean = x.astype(np.float32)
     if dtype == np.float32:
       x = np.where(mask, x, rng.choice([NAN, INF, -INF, 1e38], size=x.shape)).astype(dtype)
-    lines = {None: [(clean.ravel(), mask.ravel())], 0: zip(clean.T, mask.T), -1: zip(clean, mask)}[axis]
-    expected = [loop_stats(v, m) | {f'{n}1': loop_stats(v, m, ddof=1)[n] for n in ('var', 'std')} for v, m in lines]
+    lines = {None: [(clean.ravel(), mask.ravel())], 0: zip(clean.T, mask.T), -1: zip(clean, mask)}[
+        axis
+    ]
+    expected = [
+        loop_stats(v, m) | {f'{n}1': loop_stats(v, m, ddof=1)[n] for n in ('var', 'std')}
+        for v, m in lines
+    ]
     for name, got in everything(x, mask).items():
       got = np.asarray(got, np.float32).ravel()
-      np.testing.assert_allclose(got, [e[name] for e in expected], rtol=2e-5, atol=2e-5, err_msg=name)
+      np.testing.assert_allclose(
+          got, [e[name] for e in expected], rtol=2e-5, atol=2e-5, err_msg=name
+      )
 
 
 def test_kept_dimensions():

@@ -2,19 +2,22 @@
 
     reward      +1 if Eq 10 holds, -1 otherwise
     advantage   (reward - mean) / (std + eps) within the K samples of one prompt
-    J           mean over sequences of  1/|o| sum over t of  min(rho A, clip(rho, 1-c, 1+c) A) - beta KL
+    J           mean over sequences of
+                  1/|o| sum over t of  min(rho A, clip(rho, 1-c, 1+c) A) - beta KL
     rho         exp(logp - old_logp)
-    KL          k3 = exp(x) - x - 1 with x = ref_logp - logp: unbiased, never negative, in the loss and not in the reward
+    KL          k3 = exp(x) - x - 1 with x = ref_logp - logp: unbiased, never negative, in the loss
+                and not in the reward
 
 The loss is -J. The length mean stands inside the sum over sequences, as in the original GRPO.
 
 Where the paper is silent, and where we depart:
 1. The standard deviation is that of the population; `eps` is added to it.
-2. A group whose rewards are all equal gives exact zeros (rounding in the mean could leave a spurious signal that
-   the small `eps` would blow up).
-3. Both log-ratios are cut at +-30 before the exponential. It changes only ratios above 1e13, which would overflow
-   and turn the whole gradient into NaN (0 times infinity behind the minimum).
-4. k3 is summed as a series for |x| < 0.1: the closed form cancels there, and float32 makes it negative.
+2. A group whose rewards are all equal gives exact zeros (rounding in the mean could leave a
+   spurious signal that the small `eps` would blow up).
+3. Both log-ratios are cut at +-30 before the exponential. It changes only ratios above 1e13, which
+   would overflow and turn the whole gradient into NaN (0 times infinity behind the minimum).
+4. k3 is summed as a series for |x| < 0.1: the closed form cancels there, and float32 makes it
+   negative.
 """
 
 import jax
@@ -70,8 +73,8 @@ def loss(
 ) -> tuple[Float[Array, ''], Float[Array, '']]:
   """-J as (sum over sequences of their token means, number of sequences with a token), float32.
 
-  `logp` alone carries a gradient. Sequences are flat `[Q, T]` or grouped `[B, K, T]`; all log-probabilities are at
-  the sampling temperature. What `token_mask` hides may be NaN or infinite.
+  `logp` alone carries a gradient. Sequences are flat `[Q, T]` or grouped `[B, K, T]`; all
+  log-probabilities are at the sampling temperature. What `token_mask` hides may be NaN or infinite.
   """
   token_mask = jnp.asarray(token_mask)
   logp, old_logp, ref_logp = (_shown(x, token_mask) for x in (logp, old_logp, ref_logp))
@@ -79,7 +82,9 @@ def loss(
   ref_logp = jax.lax.stop_gradient(ref_logp)
   advantage = jax.lax.stop_gradient(jnp.asarray(advantage).astype(jnp.float32))[..., None]
   ratio = jnp.exp(_log_ratio(logp, old_logp))
-  surrogate = jnp.minimum(ratio * advantage, jnp.clip(ratio, 1 - clip_eps, 1 + clip_eps) * advantage)
+  surrogate = jnp.minimum(
+      ratio * advantage, jnp.clip(ratio, 1 - clip_eps, 1 + clip_eps) * advantage
+  )
   objective = surrogate - kl_coef * kl_k3(logp, ref_logp)
   per_sequence = masked.mean(objective, token_mask, axis=-1)
   return -jnp.sum(per_sequence), jnp.sum(jnp.any(token_mask, axis=-1)).astype(jnp.float32)
@@ -95,8 +100,9 @@ def diagnostics(
 ) -> dict[str, tuple[Float[Array, ''], Float[Array, '']]]:
   """What to log beside the loss, each as (sum over tokens, number of tokens), without a gradient.
 
-  kl: k3 to the reference. ratio: rho. clip_fraction: tokens whose policy gradient the clip has cut off. logp_gap:
-  |logp - old_logp|, at the first update after a rollout the distance between learner and sampler.
+  kl: k3 to the reference. ratio: rho. clip_fraction: tokens whose policy gradient the clip has cut
+  off. logp_gap: |logp - old_logp|, at the first update after a rollout the distance between learner
+  and sampler.
   """
   token_mask = jnp.asarray(token_mask)
   logp, old_logp, ref_logp = (
@@ -116,7 +122,8 @@ def diagnostics(
 
 
 def _shown(x: Float[Array, '*s'], mask: Bool[Array, '*s']) -> Float[Array, '*s']:
-  """Hidden entries become 0 before anything is computed from them, so that their NaN meets no gradient."""
+  """Hidden entries become 0 before anything is computed from them, so that their NaN meets no
+  gradient."""
   return jnp.where(mask, jnp.asarray(x).astype(jnp.float32), 0.0)
 
 

@@ -1,13 +1,16 @@
 """The meta-RM: its loss, and which samples vote when it guides the vote (SPCT 2.7).
 
-The meta-RM reads a whole trajectory and gives one logit; the target is Eq 10 of that trajectory's scores and the
-loss binary cross-entropy. Guided voting lets the `k_meta` samples of highest logit vote, half of them by default.
+The meta-RM reads a whole trajectory and gives one logit; the target is Eq 10 of that trajectory's
+scores and the loss binary cross-entropy. Guided voting lets the `k_meta` samples of highest logit
+vote, half of them by default.
 
 Where the paper is silent, and where we depart:
 1. Equal logits: the earlier sample goes first. `half` rounds down, and is never below 1.
-2. A sample that did not parse never votes and takes no place; where fewer than `k_meta` parsed, all of them vote.
+2. A sample that did not parse never votes and takes no place; where fewer than `k_meta` parsed, all
+   of them vote.
 3. A NaN logit counts as minus infinity: such a sample votes only after all others that parsed.
-4. `soft_weights` is ours: it weighs each vote with its probability of being right instead of cutting at `k_meta`.
+4. `soft_weights` is ours: it weighs each vote with its probability of being right instead of
+   cutting at `k_meta`.
 """
 
 import operator
@@ -37,11 +40,14 @@ def half(k: int) -> int:
 
 
 def top_k(
-    meta_score: Num[Array, 'B K'], valid: Bool[Array, 'B K'], k_meta: int | np.integer | Int[Array, '']
+    meta_score: Num[Array, 'B K'],
+    valid: Bool[Array, 'B K'],
+    k_meta: int | np.integer | Int[Array, ''],
 ) -> Bool[Array, 'B K']:
   """The samples that vote: the `k_meta` valid ones of highest logit.
 
-  `k_meta` in 1..K; a number outside raises ValueError, unless it is traced: then less than 1 selects none.
+  `k_meta` in 1..K; a number outside raises ValueError, unless it is traced: then less than 1
+  selects none.
 
       meta_score   0.3  1.7  nan  1.7  0.3
       valid         1    1    1    0    1       k_meta 2: samples 1 and 0;  3: and 4;  4 or 5: and 2
@@ -64,7 +70,7 @@ def top_k(
     ahead_BK = jnp.where(places_1K > j, other_B1 >= score_BK, other_B1 > score_BK) & votes_B1
     return rank_BK + ahead_BK.astype(jnp.int32)
 
-  # Rank by comparing all pairs: exact for ties, and on a CPU many times as fast as a sort at K = 32.
+  # Rank by comparing all pairs: exact for ties, and at K = 32 many times as fast as a sort.
   rank_BK = jax.lax.fori_loop(
       0, samples, count_ahead, jnp.zeros(valid.shape, jnp.int32), unroll=max(1, min(samples, 32))
   )
@@ -74,13 +80,17 @@ def top_k(
 def soft_weights(
     meta_score: Num[Array, 'B K'], valid: Bool[Array, 'B K'], temperature: Number
 ) -> Float[Array, 'B K']:
-  """sigmoid(logit / temperature) up to one positive factor an item, which changes no vote; 0 where not valid.
+  """sigmoid(logit / temperature) up to one positive factor an item, which changes no vote; 0 where
+  not valid.
 
-  The factor makes the best sample's weight 1, so that an item whose logits are all far below zero keeps its vote
-  instead of underflowing to none. `temperature` > 0; a NaN logit weighs 0, unless all are NaN: then all weigh 1.
+  The factor makes the best sample's weight 1, so that an item whose logits are all far below zero
+  keeps its vote instead of underflowing to none. `temperature` > 0; a NaN logit weighs 0, unless
+  all are NaN: then all weigh 1.
   """
   if not isinstance(temperature, jax.core.Tracer) and not temperature > 0:
-    raise ValueError(f'temperature of the soft weights is {temperature}: it must be above 0, as 1.0.')
+    raise ValueError(
+        f'temperature of the soft weights is {temperature}: it must be above 0, as 1.0.'
+    )
   valid = jnp.asarray(valid)
   score_BK = _comparable(jnp.asarray(meta_score)).astype(jnp.float32)
   log_weight_BK = jnp.where(valid, jax.nn.log_sigmoid(score_BK / temperature), -jnp.inf)

@@ -1,17 +1,20 @@
-"""What is measured on judgements: accuracy at k with its interval, ties, flips, bias by slot, ROC-AUC, baselines.
+"""What is measured on judgements: accuracy, its interval, ties, flips, slots, ROC-AUC, baselines.
 
-    accuracy at k   the K samples of an item, in pool order, are cut into K // k disjoint blocks (a remainder is left
-                    out); each block votes (Eq 14) and earns the credit of `voting.credit`; an item's credit is the
-                    mean over its blocks, the accuracy the mean over items
-    stderr          standard deviation of the items' credits (ddof 1) / sqrt(items): clustered by item, since the
-                    blocks of one item are not independent; 0 for a single item, which says nothing about spread
-    interval        95 %, Wilson's score interval at the effective number of votes n* = p (1 - p) / stderr^2, at most
-                    the votes cast. Where stderr is 0 (all right, all wrong, all alike) n* is the number of items, so
-                    that 0 % and 100 % have honest intervals inside [0, 1]
+    accuracy at k   the K samples of an item, in pool order, are cut into K // k disjoint blocks (a
+                    remainder is left out); each block votes (Eq 14) and earns the credit of
+                    `voting.credit`; an item's credit is the mean over its blocks, the accuracy the
+                    mean over items
+    stderr          standard deviation of the items' credits (ddof 1) / sqrt(items): clustered by
+                    item, since the blocks of one item are not independent; 0 for a single item,
+                    which says nothing about spread
+    interval        95 %, Wilson's score interval at the effective number of votes
+                    n* = p (1 - p) / stderr^2, at most the votes cast. Where stderr is 0 (all right,
+                    all wrong, all alike) n* is the number of items, so that 0 % and 100 % have
+                    honest intervals inside [0, 1]
 
-An item without a label is left out of every accuracy; one whose samples did not parse stays in, with credit 0.
-Rates over arrays are float32 and can be jitted; `summary` and `accuracy_at_k` end on the host in float64, so that
-0.7 is written 0.7.
+An item without a label is left out of every accuracy; one whose samples did not parse stays in,
+with credit 0. Rates over arrays are float32 and can be jitted; `summary` and `accuracy_at_k` end on
+the host in float64, so that 0.7 is written 0.7.
 """
 
 import functools
@@ -43,17 +46,24 @@ def accuracy_at_k(
 ) -> dict:
   """Accuracy of votes of k samples, with what belongs beside it.
 
-  Without `meta_score` all valid samples vote. With it the vote is guided within each block: hard by `k_meta` samples
-  (None: half of k, at least 1), or soft if `temperature` is given. `row_mask` is False for items to leave out.
+  Without `meta_score` all valid samples vote. With it the vote is guided within each block: hard by
+  `k_meta` samples (None: half of k, at least 1), or soft if `temperature` is given. `row_mask` is
+  False for items to leave out.
 
-  Returns the keys of `summary`, and: ties (share of the votes cast that did not decide), parse_failure (share of
-  samples that did not parse), blocks, credit float64[B] per item, and counted bool[B]: the items behind the accuracy.
+  Returns the keys of `summary`, and: ties (share of the votes cast that did not decide),
+  parse_failure (share of samples that did not parse), blocks, credit float64[B] per item, and
+  counted bool[B]: the items behind the accuracy.
   """
   pool = valid.shape[1]
   if not 1 <= k <= pool:
-    raise ValueError(f'k is {k}, but each item has {pool} samples: k must be in 1..{pool}. Draw more samples.')
+    raise ValueError(
+        f'k is {k}, but each item has {pool} samples: k must be in 1..{pool}. Draw more samples.'
+    )
   if meta_score is None and (k_meta is not None or temperature is not None):
-    raise ValueError('k_meta and temperature guide a vote by meta_score, which is None. Give the meta scores too.')
+    raise ValueError(
+        'k_meta and temperature guide a vote by meta_score, but meta_score is None. '
+        'Give the meta scores too.'
+    )
   if k_meta is not None and temperature is not None:
     raise ValueError(
         f'k_meta is {k_meta} and temperature {temperature}: a vote is guided hard (k_meta) or soft '
@@ -61,13 +71,13 @@ def accuracy_at_k(
     )
   if k_meta is not None and not 1 <= k_meta <= k:
     raise ValueError(f'k_meta is {k_meta}, but a vote has {k} samples: it must be in 1..{k}.')
-  label = np.asarray(label)
   counted = np.asarray(labelled(label, response_mask))
   if row_mask is not None:
     counted = counted & np.asarray(row_mask)
   votes = _votes_at_k(
       scores, valid, label, response_mask, meta_score,
-      k=k, k_meta=k_meta, temperature=temperature, threshold=threshold,
+      k=int(k), k_meta=None if k_meta is None else int(k_meta),
+      temperature=None if temperature is None else float(temperature), threshold=float(threshold),
   )  # fmt: skip
   credit_BG, tied_BG, voted_BG = (np.asarray(x) for x in votes)
   blocks = pool // k
@@ -83,10 +93,13 @@ def accuracy_at_k(
   }
 
 
-def summary(credit: Num[Array, ' B'], counted: Bool[Array, ' B'], votes: int = 1) -> dict[str, float | int]:
+def summary(
+    credit: Num[Array, ' B'], counted: Bool[Array, ' B'], votes: int = 1
+) -> dict[str, float | int]:
   """accuracy, stderr, low, high (the 95 % interval) and items, from one credit in 0..1 per item.
 
-  `votes`: how many votes each credit is the mean of. No item at all: accuracy 0 and the interval [0, 1].
+  `votes`: how many votes each credit is the mean of. No item at all: accuracy 0 and the interval
+  [0, 1].
   """
   credit = np.asarray(credit, np.float64)[np.asarray(counted)]
   items = int(credit.size)
@@ -101,7 +114,7 @@ def summary(credit: Num[Array, ' B'], counted: Bool[Array, ' B'], votes: int = 1
 
 
 def wilson(share: Number, number: Number) -> tuple[float, float]:
-  """Wilson's 95 % score interval of a share seen in `number` independent trials; `number` may be a fraction."""
+  """Wilson's 95 % score interval of a share seen in `number` trials, which may be a fraction."""
   z2 = _Z95**2
   centre = (share + z2 / (2 * number)) / (1 + z2 / number)
   half = _Z95 * math.sqrt(share * (1 - share) / number + z2 / (4 * number**2)) / (1 + z2 / number)
@@ -109,7 +122,7 @@ def wilson(share: Number, number: Number) -> tuple[float, float]:
 
 
 def labelled(label: Num[Array, ' B'], response_mask: Bool[Array, 'B N']) -> Bool[Array, ' B']:
-  """Items with a usable label: the index of a present response, or for n = 1 any score that is not negative."""
+  """Items with a usable label: index of a present response, or for n = 1 a score not below 0."""
   label, response_mask = jnp.asarray(label), jnp.asarray(response_mask)
   single_B = jnp.sum(response_mask, axis=1) == 1
   is_gold_BN = (jnp.arange(response_mask.shape[1])[None] == label[:, None]) & response_mask
@@ -141,9 +154,10 @@ def order_flip_rate(
 ) -> Float[Array, '']:
   """How often the verdict changes with the order: 1 - position consistency.
 
-  Over the pairs of valid samples of an item that were shown in different orders, the share whose verdicts differ; the
-  mean of that over the items with such a pair. A verdict is the set of responses with the highest score, so a tie
-  against a clear winner is a change. `order[b, k, slot]` is the response shown in that slot, -1 beyond the last.
+  Over the pairs of valid samples of an item that were shown in different orders, the share whose
+  verdicts differ; the mean of that over the items with such a pair. A verdict is the set of
+  responses with the highest score, so a tie against a clear winner is a change. `order[b, k, slot]`
+  is the response shown in that slot, -1 beyond the last.
   """
   order = jnp.asarray(order)
   different_BKK = jnp.any(order[:, :, None] != order[:, None], axis=3)
@@ -156,7 +170,7 @@ def resample_flip_rate(
     response_mask: Bool[Array, 'B N'],
     order: Int[Array, 'B K N'],
 ) -> Float[Array, '']:
-  """The same for pairs shown in the same order: how much of `order_flip_rate` is mere sampling noise."""
+  """The same for pairs shown in one order: how much of `order_flip_rate` is sampling noise."""
   order = jnp.asarray(order)
   same_BKK = jnp.all(order[:, :, None] == order[:, None], axis=3)
   return _disagreement(scores, valid, response_mask, same_BKK)
@@ -165,7 +179,7 @@ def resample_flip_rate(
 def score_histogram(
     scores: Num[Array, 'B K N'], valid: Bool[Array, 'B K'], response_mask: Bool[Array, 'B N']
 ) -> Int[Array, '11']:
-  """How many scores were 0, 1, ..., 10 (fractions go to the nearest even, as round does); others are not counted."""
+  """How many shown scores were 0, 1, ..., 10, after rounding; others are not counted."""
   scores = jnp.asarray(scores)
   shown_BKN = jnp.asarray(valid)[..., None] & jnp.asarray(response_mask)[:, None]
   value = jnp.round(jnp.where(shown_BKN, scores, -1).astype(jnp.float32))
@@ -179,9 +193,10 @@ def accuracy_by_slot(
     response_mask: Bool[Array, 'B N'],
     sample_mask: Bool[Array, 'B K'] | None = None,
 ) -> tuple[Float[Array, ' N'], Int[Array, ' N']]:
-  """(mean of `correct`, number of samples) by the slot in which the gold response was shown; items with n >= 2 only.
+  """(mean of `correct`, number of samples) by the slot in which the gold response was shown.
 
-  A judge without position bias is equally right in all slots. An empty slot has mean 0 and number 0.
+  Items with n >= 2 and a label only, and of them the samples in `sample_mask` (None: all). A judge
+  without position bias is equally right in all slots. An empty slot has mean 0 and number 0.
   """
   correct, order = jnp.asarray(correct), jnp.asarray(order)
   several_B = jnp.sum(jnp.asarray(response_mask), axis=1) > 1
@@ -197,25 +212,34 @@ def accuracy_by_slot(
 def roc_auc(
     score: Num[Array, ' Q'], positive: Bool[Array, ' Q'], row_mask: Bool[Array, ' Q'] | None = None
 ) -> Float[Array, '']:
-  """Probability that a positive row scores above a negative one, ties counting half; NaN if either kind is absent."""
+  """Probability that a positive row scores above a negative one, ties counting half.
+
+  NaN if either kind is absent. A row without a score (NaN) must be left out by `row_mask`.
+  """
   score, positive = jnp.asarray(score).astype(jnp.float32), jnp.asarray(positive)
   row_mask = jnp.ones(positive.shape, bool) if row_mask is None else jnp.asarray(row_mask)
   negative = row_mask & ~positive
   positive = row_mask & positive
   negatives = jnp.sum(negative)
   ladder = jnp.sort(jnp.where(negative, score, jnp.inf))
-  # Rows that are no negatives sit at the top of the ladder as +inf; a score of +inf must not count them.
-  below, upto = (jnp.minimum(jnp.searchsorted(ladder, score, side=side), negatives) for side in ('left', 'right'))
-  chance = (below + upto).astype(jnp.float32) / (2.0 * jnp.maximum(negatives, 1).astype(jnp.float32))
+  # All but the negatives stand on top of the ladder as +inf: a score of +inf must not count them.
+  below, upto = (
+      jnp.minimum(jnp.searchsorted(ladder, score, side=side), negatives)
+      for side in ('left', 'right')
+  )
+  chance = (below + upto).astype(jnp.float32) / (
+      2.0 * jnp.maximum(negatives, 1).astype(jnp.float32)
+  )
   return jnp.where((negatives > 0) & jnp.any(positive), masked.mean(chance, positive), jnp.nan)
 
 
 def trivial_baselines(
     lengths: Num[Array, 'B N'], label: Num[Array, ' B'], response_mask: Bool[Array, 'B N']
 ) -> dict[str, Float[Array, ' B']]:
-  """Credit per item of judges that do not read: longest, shortest, first and random response; for `summary`.
+  """Credit per item, for `summary`, of picking the longest, shortest, first or a random response.
 
-  Equal lengths share the credit, 1/m. With n = 1 there is nothing to choose, and each of them is a coin: 0.5.
+  Equal lengths share the credit, 1/m. With n = 1 there is nothing to choose, and each of them is a
+  coin: 0.5.
   """
   lengths, response_mask = jnp.asarray(lengths).astype(jnp.float32), jnp.asarray(response_mask)
   known_B = labelled(label, response_mask)
@@ -239,7 +263,9 @@ def trivial_baselines(
 
 
 @functools.partial(jax.jit, static_argnames=('k', 'k_meta', 'temperature', 'threshold'))
-def _votes_at_k(scores, valid, label, response_mask, meta_score, *, k, k_meta, temperature, threshold):
+def _votes_at_k(
+    scores, valid, label, response_mask, meta_score, *, k, k_meta, temperature, threshold
+):
   """(credit, tied, voted) of each of the G = K // k blocks of an item, `[B, G]`."""
   items, pool, responses = scores.shape
   blocks = pool // k
@@ -252,7 +278,9 @@ def _votes_at_k(scores, valid, label, response_mask, meta_score, *, k, k_meta, t
   else:
     block_meta = meta_score[:, : blocks * k].reshape(items * blocks, k)
     if temperature is None:
-      weights = meta_rm.top_k(block_meta, block_valid, meta_rm.half(k) if k_meta is None else k_meta)
+      weights = meta_rm.top_k(
+          block_meta, block_valid, meta_rm.half(k) if k_meta is None else k_meta
+      )
     else:
       weights = meta_rm.soft_weights(block_meta, block_valid, temperature)
   weights = voting.voting_weights(weights)
@@ -264,7 +292,9 @@ def _votes_at_k(scores, valid, label, response_mask, meta_score, *, k, k_meta, t
   return tuple(x.reshape(items, blocks) for x in (credit, tied, voted))
 
 
-def _verdicts(scores: Num[Array, 'B K N'], response_mask: Bool[Array, 'B N']) -> Bool[Array, 'B K N']:
+def _verdicts(
+    scores: Num[Array, 'B K N'], response_mask: Bool[Array, 'B N']
+) -> Bool[Array, 'B K N']:
   """The responses that each sample scores highest."""
   present_B1N = jnp.asarray(response_mask)[:, None]
   shown_BKN = jnp.where(present_B1N, jnp.asarray(scores).astype(jnp.float32), -jnp.inf)

@@ -1,6 +1,6 @@
 """Which samples are right: Eq 10 of the SPCT paper, the only definition of "right" in this project.
 
-    n >= 2   right iff the gold response scores strictly higher than each other response (a tie is wrong)
+    n >= 2   right iff the gold response scores strictly higher than each other (a tie is wrong)
     n == 1   right iff the score equals the gold score
 
 RFT filtering, the rule reward and the targets of the meta-RM all start from this one array.
@@ -42,7 +42,7 @@ def correct(
       (jnp.arange(responses)[None] == label[:, None]) & response_mask,
   )
   gold_BK1 = jnp.sum(jnp.where(is_gold_BN[:, None], scores, 0), axis=2, keepdims=True)
-  # Counted by comparison, never by a maximum over a filled-in array: a fill value could equal a real score.
+  # Compared one by one, never with a maximum over a filled array: a fill could equal a score.
   beaten_BKN = gold_BK1 > scores
   wins_BK = jnp.all(beaten_BKN | (is_gold_BN | ~response_mask)[:, None], axis=2)
   equals_BK = gold_BK1[..., 0] == label[:, None]

@@ -1,4 +1,4 @@
-"""Next-token loss on the tokens that the model is to write (the fine-tuning of SPCT 2.3 and of general chat data).
+"""Next-token loss on the tokens that the model is to write: RFT (SPCT 2.3) and general chat data.
 
     L = -sum over the True tokens of log p(token), with the number of those tokens
 
@@ -17,7 +17,7 @@ def loss(
 ) -> tuple[Float[Array, ''], Float[Array, '']]:
   """(sum, number of tokens), float32.
 
-      logp         nan  -.5  -.2  -.3  nan  -inf
-      token_mask    0    1    1    1    0    0       (1.0, 3)
+  logp         nan  -.5  -.2  -.3  nan  -inf
+  token_mask    0    1    1    1    0    0       (1.0, 3)
   """
   return -masked.sum(logp, token_mask), masked.count(token_mask).astype(jnp.float32)

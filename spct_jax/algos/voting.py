@@ -2,12 +2,13 @@
 
     S*_i = sum over samples of w_j S_ij,   the winner is the greatest S*
 
-w is `valid` for plain voting, and what `meta_rm` selects for guided voting. Scores are in the response's own order:
-the shuffle of each sample is undone before they come here.
+w is `valid` for plain voting, and what `meta_rm` selects for guided voting. Scores are in the
+response's own order: the shuffle of each sample is undone before they come here.
 
 Where the paper is silent:
-1. Ties cost half in expectation for n = 2 (the paper shuffles and takes the first maximum): `credit` gives exactly
-   that expectation, 1/m for a tie of m with the gold one among them. `winner` draws one.
+1. Ties cost half in expectation for n = 2 (the paper shuffles and takes the first maximum):
+   `credit` gives exactly that expectation, 1/m for a tie of m with the gold one among them.
+   `winner` draws one.
 2. Samples that did not parse do not vote; a vote without any voter earns 0.
 3. n = 1: the mean vote above the threshold means 1, below it 0, exactly on it half of each.
 """
@@ -22,9 +23,11 @@ from spct_jax.masked import Array, Number
 def vote(
     scores: Num[Array, 'B K N'], weights: Shaped[Array, 'B K'], response_mask: Bool[Array, 'B N']
 ) -> Float[Array, 'B N']:
-  """Totals, float32, exact for integers up to 2^24; absent responses -inf, present ones 0 if nobody votes.
+  """Totals, float32, exact for integers up to 2^24; absent responses -inf, present ones 0 if nobody
+  votes.
 
-  `weights` are bool or numbers; what is not above 0 (NaN too) does not vote, and its scores may be anything.
+  `weights` are bool or numbers; what is not above 0 (NaN too) does not vote, and its scores may be
+  anything.
   """
   scores, response_mask = jnp.asarray(scores), jnp.asarray(response_mask)
   weights_BK = voting_weights(weights)
@@ -34,7 +37,7 @@ def vote(
     score_BN = jax.lax.dynamic_index_in_dim(scores, j, axis=1, keepdims=False).astype(jnp.float32)
     return totals_BN + jnp.where((weight_B1 > 0) & response_mask, score_BN, 0.0) * weight_B1
 
-  # A sum over the middle axis of [B, K, N] runs ten times slower on a CPU than these K additions of [B, N].
+  # On a CPU the sum over the middle axis of [B, K, N] is ten times slower than these K additions.
   samples = scores.shape[1]
   zeros_BN = jnp.zeros(response_mask.shape, jnp.float32)
   totals_BN = jax.lax.fori_loop(0, samples, add_sample, zeros_BN, unroll=max(1, min(samples, 32)))
@@ -42,7 +45,8 @@ def vote(
 
 
 def voting_weights(weights: Shaped[Array, 'B K']) -> Float[Array, 'B K']:
-  """Weights as `vote` uses them: float32, 0 for all that is not above 0. Their sum over K is `weight_sum`."""
+  """Weights as `vote` uses them: float32, 0 for all that is not above 0. Their sum over K is
+  `weight_sum`."""
   weights = jnp.asarray(weights).astype(jnp.float32)
   return jnp.where(weights > 0, weights, 0.0)
 
@@ -55,10 +59,11 @@ def credit(
     weight_sum: Num[Array, ' B'],
     threshold: Number = 0.5,
 ) -> Float[Array, ' B']:
-  """What each vote earns in expectation, 0..1: 1/m where the gold response is one of m tied winners.
+  """What each vote earns in expectation, 0..1: 1/m where the gold response is one of m tied
+  winners.
 
-  `voted`: at least one sample voted. `weight_sum`: total weight of the voters; only rows with n == 1 need it, for the
-  mean vote, and their label is 0 or 1. A row without a label earns 0.
+  `voted`: at least one sample voted. `weight_sum`: total weight of the voters; only rows with n ==
+  1 need it, for the mean vote, and their label is 0 or 1. A row without a label earns 0.
   """
   totals, label, voted = jnp.asarray(totals), jnp.asarray(label), jnp.asarray(voted)
   response_mask = jnp.asarray(response_mask)
@@ -80,7 +85,8 @@ def tied(
     weight_sum: Num[Array, ' B'],
     threshold: Number = 0.5,
 ) -> Bool[Array, ' B']:
-  """Votes that did not decide: several responses share the top, or with n == 1 the mean is on the threshold."""
+  """Votes that did not decide: several responses share the top, or with n == 1 the mean is on the
+  threshold."""
   totals, response_mask = jnp.asarray(totals), jnp.asarray(response_mask)
   shared_B = jnp.sum(_tops(totals, response_mask), axis=1) > 1
   on_threshold_B = _mean_vote(totals, response_mask, weight_sum) == threshold
@@ -91,7 +97,8 @@ def tied(
 def winner(
     totals: Float[Array, 'B N'], response_mask: Bool[Array, 'B N'], uniform: Float[Array, ' B']
 ) -> Int[Array, ' B']:
-  """Index of the winner; ties are drawn with `uniform` in [0, 1), each of the m tied with probability 1/m.
+  """Index of the winner; ties are drawn with `uniform` in [0, 1), each of the m tied with
+  probability 1/m.
 
   -1 where there is no response at all.
   """
@@ -112,7 +119,8 @@ def _tops(totals: Float[Array, 'B N'], response_mask: Bool[Array, 'B N']) -> Boo
 def _mean_vote(
     totals: Float[Array, 'B N'], response_mask: Bool[Array, 'B N'], weight_sum: Num[Array, ' B']
 ) -> Float[Array, ' B']:
-  """The mean score of the only response of a row with n == 1 (elsewhere the number means nothing)."""
+  """The mean score of the only response of a row with n == 1 (elsewhere the number means
+  nothing)."""
   weight_sum = jnp.asarray(weight_sum).astype(jnp.float32)
   total_B = jnp.sum(jnp.where(response_mask, totals, 0.0), axis=1)
   return total_B / jnp.where(weight_sum > 0, weight_sum, 1.0)

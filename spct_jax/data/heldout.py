@@ -55,9 +55,18 @@ def prompt_key(example: Example) -> str:
   return hashlib.blake2b(turns.encode('utf-8'), digest_size=16).hexdigest()
 
 
-def split(examples: Sequence[Example], fraction: float, seed: int, by: str = 'uid') -> Split:
-  """Holds out about the share `fraction` of the examples, 0 < fraction < 1; `by` is 'uid' or
-  'prompt'."""
+def split(
+  examples: Sequence[Example],
+  fraction: float,
+  seed: int,
+  by: str = 'uid',
+  may_be_empty: bool = False,
+) -> Split:
+  """Holds out about the share `fraction` of the examples, 0 < fraction < 1; `by` is 'uid' or 'prompt'.
+
+  An empty part is an error, unless `may_be_empty`: then few items may leave none held out, never none
+  to train on.
+  """
   keys = {'uid': lambda example: example.uid, 'prompt': prompt_key}
   if by not in keys:
     raise ValueError(f'cannot split by {by!r}: allowed are {", ".join(keys)}')
@@ -66,11 +75,12 @@ def split(examples: Sequence[Example], fraction: float, seed: int, by: str = 'ui
   train, held_out = [], []
   for example in examples:
     (held_out if _unit(keys[by](example), seed) < fraction else train).append(example)
-  if not train or not held_out:
+  if may_be_empty and not train:
+    train, held_out = held_out, []
+  if not may_be_empty and not (train and held_out):
     raise ValueError(
       f'holding out {fraction} of {len(examples)} items leaves {len(train)} to train on and'
-      f' {len(held_out)} held'
-      ' out: use another fraction, another seed, or more items'
+      f' {len(held_out)} held out: use another fraction, another seed, or more items'
     )
   return Split(tuple(train), tuple(held_out), contamination(train, held_out))
 

@@ -178,10 +178,9 @@ class Transformer:
     places = held[:, None] + jnp.arange(T, dtype=jnp.int32)[None, :]
     positions = jnp.broadcast_to(places if positions is None else positions, (B, T))
     key_positions = cache['positions'].at[jnp.arange(B)[:, None], places].set(positions, mode='drop')
-    # Stored index = order of arrival, so it is also the causal order. Padding is written behind the real
-    # tokens, where the next call overwrites it; until then `held + lengths` hides it.
-    index = jnp.arange(S)[None, None, :]
-    mask = (index <= places[:, :, None]) & (index < (held + lengths)[:, None, None])
+    # The stored index is the order of arrival, so it is also the causal order. Padding lands behind the real
+    # tokens, where no real query of this call sees it and the next call overwrites it.
+    mask = jnp.arange(S)[None, None, :] <= places[:, :, None]
 
     def attend(ref, q, k, v, layers):
       layers = kv_cache.write(layers, ref, k, v, held)

@@ -105,6 +105,8 @@ def stage(config: Any, mesh: Any, name: str) -> None:
     training(config, mesh, name)
     if name == 'meta_rm':
       sampling(config, name)
+      if not 0 <= config.meta_rm.heldout < 1:
+        raise ValueError(f'meta_rm.heldout: got {config.meta_rm.heldout}; allowed: 0 up to, not including, 1')
 
 
 def models(config: Any, name: str) -> tuple[str, ...]:

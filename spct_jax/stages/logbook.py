@@ -1,9 +1,9 @@
 """The numbers of a run as they come: metrics.jsonl, timing.jsonl and TensorBoard.
 
-A row is `{"stage": ..., "step": ..., name: value, ...}`. metrics.jsonl holds only what is deterministic,
-so that a resumed run's file equals an uninterrupted one's byte for byte: on resume, `truncate` drops the
-stage's rows beyond the checkpoint, and the steps that are run again write them anew. timing.jsonl holds
-seconds and bytes. A number that is not finite is null in the files.
+A row is `{"stage": ..., "step": ..., name: value, ...}`. metrics.jsonl holds only what is
+deterministic, so that a resumed run's file equals an uninterrupted one's byte for byte: on resume,
+`truncate` drops the stage's rows beyond the checkpoint, and the steps that are run again write them
+anew. timing.jsonl holds seconds and bytes. A number that is not finite is null in the files.
 """
 
 import json
@@ -40,18 +40,22 @@ class MetricsWriter:
     self.close()
 
   def write(self, step: int, metrics: Mapping[str, Any], timing: Mapping[str, Any]) -> None:
-    """One row in each file; values are numbers, or sequences of numbers such as a histogram's counts."""
+    """One row in each file; values are numbers, or lists of them such as a histogram."""
     if not self._writes:
       return
     for name, values in (('metrics.jsonl', metrics), ('timing.jsonl', timing)):
       if not values:
         continue
-      row = {'stage': self._stage, 'step': int(step)} | {key: number(value) for key, value in values.items()}
+      row = {'stage': self._stage, 'step': int(step)} | {
+        key: number(value) for key, value in values.items()
+      }
       # One write of one whole line: a run that is killed leaves at most the last line incomplete.
       with open(self._path / name, 'a', encoding='utf-8') as file:
         file.write(json.dumps(row, allow_nan=False) + '\n')
     if self._tensorboard:
-      self._write_board(step, {**metrics, **{f'timing/{key}': value for key, value in timing.items()}})
+      self._write_board(
+        step, {**metrics, **{f'timing/{key}': value for key, value in timing.items()}}
+      )
 
   def _write_board(self, step: int, values: Mapping[str, Any]) -> None:
     if self._board is None:
@@ -99,7 +103,9 @@ def read_rows(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
   for line, text in enumerate(path.read_text(encoding='utf-8').splitlines(), start=1):
     row = _row(text)
     if row is None:
-      raise ValueError(f'{path}:{line}: not a row {{"stage": ..., "step": ...}}: {text[:80]!r}; remove the line')
+      raise ValueError(
+        f'{path}:{line}: not a row {{"stage": ..., "step": ...}}: {text[:80]!r}; remove the line'
+      )
     rows.append(row)
   return rows
 
@@ -113,7 +119,7 @@ def _row(text: str) -> dict[str, Any] | None:
 
 
 def _repair(path: pathlib.Path) -> None:
-  """Mends a file whose last line has no end, as a killed run may leave it: no other line is touched."""
+  """Mends a last line without an end, as a killed run may leave it; touches no other."""
   if not path.exists() or path.stat().st_size == 0:
     return
   text = path.read_bytes()

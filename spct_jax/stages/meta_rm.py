@@ -143,13 +143,20 @@ def run(config: Any, workdir: Workdir, mesh: Any, generate: Any = None) -> None:
 
 def _rows(config, examples, sources, settings, tok):
   """([(row, target)] to train on, the same of held-out items); over-long trajectories are named."""
-  parts = heldout.split(
-      examples, fraction=config.meta_rm.heldout, seed=config.seed + 1, by='prompt'
-  )
+  sides = (tuple(examples), ())
+  if config.meta_rm.heldout > 0:
+    parts = heldout.split(
+        examples,
+        fraction=config.meta_rm.heldout,
+        seed=config.seed + 1,  # not the split that made these items training items
+        by='prompt',
+        may_be_empty=True,
+    )
+    sides = (parts.train, parts.held_out)
   out = []
-  for part in (parts.train, parts.held_out):
+  for part in sides:
     found, wanted = [], []
-    for drawn in sources:
+    for drawn in sources if part else ():
       grouped = grm.group(part, drawn)
       for example, group, right in zip(part, grouped, targets(part, grouped)):
         for trajectory, target in zip(group, right):

@@ -1,6 +1,7 @@
 """What a run will need, said before it starts: devices, mesh, and bytes per device.
 
-The table counts arrays exactly, from abstract trees and their shardings; activations are an estimate.
+The table counts arrays exactly, from abstract trees and their shardings; activations are an
+estimate.
 """
 
 import dataclasses
@@ -26,15 +27,18 @@ class Row:
 
 
 def row(name: str, tree: Any, shardings: Any) -> Row:
-  """The bytes that one device holds of a tree of arrays or ShapeDtypeStructs laid out by `shardings`."""
+  """What one device holds of a tree of arrays or ShapeDtypeStructs laid out by `shardings`."""
   return Row(name, sharding.bytes_per_device(tree, shardings))
 
 
-def activations(*, tokens: int, width: int, ffn: int, layers: int, vocab: int, itemsize: int, remat: bool) -> Row:
+def activations(
+  *, tokens: int, width: int, ffn: int, layers: int, vocab: int, itemsize: int, remat: bool
+) -> Row:
   """Estimate of what a backward pass keeps, for `tokens` tokens of a microbatch on one device.
 
-  Per layer and token, with remat only the residual (D); without it about 12 D + 3 F values. Logits and
-  their gradient are float32 over the vocabulary. Scores of attention, quadratic in length, are not counted.
+  Per layer and token, with remat only the residual (D); without it about 12 D + 3 F values. Logits
+  and their gradient are float32 over the vocabulary. Scores of attention, quadratic in length, are
+  not counted.
   """
   per_layer = width if remat else 12 * width + 3 * ffn
   return Row('activations', tokens * (layers * per_layer * itemsize + 2 * 4 * vocab), estimate=True)
@@ -49,17 +53,20 @@ def describe(mesh: Any) -> list[str]:
   unused = jax.device_count() - devices.size
   limit = device_limit(mesh)
   return [
-      f'devices: {devices.size} x {kind}' + (f' ({platform})' if platform != kind else '')
-      + (f', {unused} more unused' if unused else '')
-      + (f', {size(limit)} each' if limit is not None else '')
-      + f', in {jax.process_count()} {"process" if jax.process_count() == 1 else "processes"}',
-      f'mesh: {axes}; JAX {jax.__version__}',
+    f'devices: {devices.size} x {kind}'
+    + (f' ({platform})' if platform != kind else '')
+    + (f', {unused} more unused' if unused else '')
+    + (f', {size(limit)} each' if limit is not None else '')
+    + f', in {jax.process_count()} {"process" if jax.process_count() == 1 else "processes"}',
+    f'mesh: {axes}; JAX {jax.__version__}',
   ]
 
 
 def device_limit(mesh: Any) -> int | None:
   """Bytes that a device of this process lets us use; None where the backend does not tell (CPU)."""
-  local = [device for device in mesh.devices.flatten() if device.process_index == jax.process_index()]
+  local = [
+    device for device in mesh.devices.flatten() if device.process_index == jax.process_index()
+  ]
   stats = [device.memory_stats() for device in local]
   limits = [entry['bytes_limit'] for entry in stats if entry and 'bytes_limit' in entry]
   return min(limits) if limits else None
@@ -74,26 +81,40 @@ def memory(rows: Sequence[Row], *, limit: int | None) -> list[str]:
   exact = sum(entry.bytes for entry in rows if not entry.estimate)
   total = sum(entry.bytes for entry in rows)
   width = max([len(entry.name) for entry in rows] + [len('memory per device')])
-  lines = [f'{entry.name:<{width}}  {size(entry.bytes):>10}' + ('  (estimate)' if entry.estimate else '')
-           for entry in rows]
+  lines = [
+    f'{entry.name:<{width}}  {size(entry.bytes):>10}' + ('  (estimate)' if entry.estimate else '')
+    for entry in rows
+  ]
   lines.insert(0, f'{"memory per device":<{width}}')
-  lines.append(f'{"sum":<{width}}  {size(total):>10}' + (f'  of {size(limit)}' if limit is not None else ''))
+  lines.append(
+    f'{"sum":<{width}}  {size(total):>10}' + (f'  of {size(limit)}' if limit is not None else '')
+  )
   if limit is None:
     return lines
   if exact > limit:
     largest = max((entry for entry in rows if not entry.estimate), key=lambda entry: entry.bytes)
-    raise ValueError('\n'.join([
-        *lines,
-        f'this cannot fit: {size(exact)} of arrays on a device of {size(limit)}; the largest part is '
-        f'{largest.name} with {size(largest.bytes)}. Spread it over more devices (mesh.fsdp, mesh.tensor), or '
-        'take a smaller model, smaller dtypes, fewer rows or shorter sequences',
-    ]))
+    raise ValueError(
+      '\n'.join(
+        [
+          *lines,
+          f'this cannot fit: {size(exact)} of arrays on a device of {size(limit)}; the largest '
+          'part is '
+          f'{largest.name} with {size(largest.bytes)}. Spread it over more devices '
+          '(mesh.fsdp, mesh.tensor), or '
+          'take a smaller model, smaller dtypes, fewer rows or shorter sequences',
+        ]
+      )
+    )
   if total > _USABLE * limit:
-    lines.append(f'warning: {total / limit:.0%} of the device; if it runs out, raise microbatches or remat')
+    lines.append(
+      f'warning: {total / limit:.0%} of the device; if it runs out, raise microbatches or remat'
+    )
   return lines
 
 
-def report(stage: str, parts: Mapping[str, int], mesh: Any, *, estimates: Sequence[Row] = ()) -> None:
+def report(
+  stage: str, parts: Mapping[str, int], mesh: Any, *, estimates: Sequence[Row] = ()
+) -> None:
   """Prints a stage's memory table: exact bytes per device by name, and estimates.
 
   Raises:

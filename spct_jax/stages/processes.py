@@ -1,7 +1,7 @@
 """What one of several processes does for all of them: writing files, printing, and deciding.
 
-Every process runs the same program. A decision that changes what is dispatched must be the same in all
-of them, so it is taken in process 0 and handed round.
+Every process runs the same program. A decision that changes what is dispatched must be the same in
+all of them, so it is taken in process 0 and handed round.
 """
 
 import os
@@ -34,13 +34,15 @@ def as_writer_says(function: Callable[[], bool], *, what: str) -> bool:
   """Calls `function` in process 0 and returns its answer in all of them.
 
   Raises:
-    Exception: in process 0, whatever `function` raised; in the others a ValueError that names `what`.
+    Exception: in process 0, what `function` raised; in the others a ValueError naming `what`.
   """
   answer, error = -1, None
   if is_writer():
     try:
       answer = int(function())
-    except Exception as caught:  # Raised below, once the other processes know of it; else they would wait forever.
+    except (
+      Exception
+    ) as caught:  # Raised below, once the other processes know of it; else they would wait forever.
       error = caught
   if jax.process_count() > 1:
     answer = int(multihost_utils.broadcast_one_to_all(np.int32(answer)))

@@ -1,4 +1,4 @@
-"""Progress of long work for a person: a bar on a terminal, a few lines in a log file, with the time left."""
+"""Progress of long work: a bar on a terminal, a few lines in a log, with the time left."""
 
 import sys
 import time
@@ -9,7 +9,8 @@ import tqdm
 
 from spct_jax.stages import processes
 
-# In a log file: no line before the first interval, then one per tenth of the work, or per minute if that is slower.
+# In a log file: no line before the first interval, then one per tenth of the work, or per minute if
+# that is slower.
 _FIRST_SECONDS = 10.0
 _QUIET_SECONDS = 60.0
 
@@ -20,16 +21,20 @@ class Progress:
   `start` units were done by an earlier run; they count as done and not for the speed.
   """
 
-  def __init__(self, total: int, desc: str, enabled: bool = True, *, start: int = 0, file: TextIO | None = None):
+  def __init__(
+    self, total: int, desc: str, enabled: bool = True, *, start: int = 0, file: TextIO | None = None
+  ):
     self._total, self._desc, self._done, self._start = total, desc, start, start
     self._file = file if file is not None else sys.stderr
     self._enabled = enabled and processes.is_writer()
     self._began = self._said = time.monotonic()
     self._said_tenth = self._tenth()
-    self._last = ''
+    self._last, self._said_done = '', -1
     self._bar = None
     if self._enabled and self._file.isatty():
-      self._bar = tqdm.tqdm(total=total, desc=desc, initial=start, file=self._file, dynamic_ncols=True)
+      self._bar = tqdm.tqdm(
+        total=total, desc=desc, initial=start, file=self._file, dynamic_ncols=True
+      )
 
   def __enter__(self) -> 'Progress':
     return self
@@ -59,7 +64,7 @@ class Progress:
       return
     if self._bar is not None:
       self._bar.close()
-    else:
+    elif self._said_done != self._done:
       self._say()
     self._enabled = False
 
@@ -68,19 +73,25 @@ class Progress:
 
   def _say(self) -> None:
     now = time.monotonic()
-    self._said, self._said_tenth = now, self._tenth()
+    self._said, self._said_tenth, self._said_done = now, self._tenth(), self._done
     elapsed, worked = now - self._began, self._done - self._start
     parts = [f'{self._desc}: {self._done}/{self._total}', f'{duration(elapsed)} elapsed']
     if 0 < worked and self._done < self._total:
       parts.append(f'{duration(elapsed / worked * (self._total - self._done))} left')
-    print(', '.join(parts) + (f' | {self._last}' if self._last else ''), file=self._file, flush=True)
+    print(
+      ', '.join(parts) + (f' | {self._last}' if self._last else ''), file=self._file, flush=True
+    )
 
 
 def summary(metrics: Mapping[str, Any]) -> str:
   """One line of names and values with four significant digits: 'loss 0.6931  kl 1.2e-05'."""
   words = []
   for name, value in metrics.items():
-    words.append(f'{name} {value}' if value is None or isinstance(value, (bool, int, str)) else f'{name} {value:.4g}')
+    words.append(
+      f'{name} {value}'
+      if value is None or isinstance(value, (bool, int, str))
+      else f'{name} {value:.4g}'
+    )
   return '  '.join(words)
 
 

@@ -1,8 +1,8 @@
 """report.md from the rows of results.json: every accuracy with what qualifies it beside it.
 
-A reader must not see an accuracy without its 95 % interval, the share of judgements that did not parse,
-of votes that tied, and of verdicts that flip with the order, nor without what a rule that reads nothing
-(longest, shortest, first, random) would have scored.
+A reader must not see an accuracy without its 95 % interval, the share of judgements that did not
+parse, of votes that tied, and of verdicts that flip with the order, nor without what a rule that
+reads nothing (longest, shortest, first, random) would have scored.
 """
 
 import dataclasses
@@ -13,23 +13,35 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from spct_jax.stages import processes, results
-from spct_jax.stages.results import Row, count, decimals, percent, read as read_results, write as write_results
+from spct_jax.stages.results import (
+  Row,
+  count,
+  decimals,
+  percent,
+  read as read_results,
+  write as write_results,
+)
 
 __all__ = ('Extras', 'count', 'percent', 'read_results', 'setting', 'write_report', 'write_results')
 
 _NAMES_SHOWN = 20
 
 # Columns that a table has if one of its rows has the field: field, heading.
-_MORE_COLUMNS = (('accuracy_judged', 'of judged, %'), ('overlong', 'over-long'), ('auc', 'ROC-AUC, %'))
+_MORE_COLUMNS = (
+  ('accuracy_judged', 'of judged, %'),
+  ('overlong', 'over-long'),
+  ('auc', 'ROC-AUC, %'),
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Extras:
   """What a report says besides its accuracies.
 
-  config: flat {'grpo.kl_coef': 0.08}. baselines: rows {benchmark, subset, name, accuracy, stderr, items} with
-  low and high where known. skipped: {reason: names of the items left out}. figures: {caption: path}; paths are
-  shown relative to the report. notes: sentences for a person, such as the meta-RM's ROC-AUC.
+  config: flat {'grpo.kl_coef': 0.08}. baselines: rows {benchmark, subset, name, accuracy, stderr,
+  items} with low and high where known. skipped: {reason: names of the items left out}. figures:
+  {caption: path}; paths are shown relative to the report. notes: sentences for a person, such as
+  the meta-RM's ROC-AUC.
   """
 
   title: str
@@ -41,20 +53,30 @@ class Extras:
   notes: Sequence[str]
 
 
-def write_report(path: str | os.PathLike[str], rows: Sequence[Mapping[str, Any]], extras: Extras) -> None:
+def write_report(
+  path: str | os.PathLike[str], rows: Sequence[Mapping[str, Any]], extras: Extras
+) -> None:
   """Writes report.md, and skipped.json with all names beside it if an item was skipped."""
   path = pathlib.Path(path)
   rows = results.validated(rows)
-  sections = [f'# {extras.title}', _origin(extras), *_headline(rows, extras), *_by_k(rows), *_subsets(rows, extras)]
+  sections = [
+    f'# {extras.title}',
+    _origin(extras),
+    *_headline(rows, extras),
+    *_by_k(rows),
+    *_subsets(rows, extras),
+  ]
   sections += _figures(path, extras) + _notes(extras) + _skipped(extras) + _config(extras)
   if any(extras.skipped.values()):
     names = {reason: list(found) for reason, found in extras.skipped.items()}
-    processes.write_text(path.with_name('skipped.json'), json.dumps(names, indent=2, ensure_ascii=False) + '\n')
+    processes.write_text(
+      path.with_name('skipped.json'), json.dumps(names, indent=2, ensure_ascii=False) + '\n'
+    )
   processes.write_text(path, '\n\n'.join(section for section in sections if section) + '\n')
 
 
 def setting(row: Mapping[str, Any], temperatures: Sequence[float]) -> str:
-  """How a row judged: 'greedy', 'one sample', 'vote of 8, guided'; the temperature if there are several."""
+  """How a row judged: 'greedy', 'one sample', 'vote of 8, guided'; temperature if several."""
   if row['k'] == 1 and row['temperature'] == 0:
     words = 'greedy'
   else:
@@ -85,12 +107,16 @@ def _headline(rows: Sequence[Row], extras: Extras) -> list[str]:
     if not whole:
       continue
     sections += [f'### {_cell(benchmark)}', _lead(whole)]
-    baselines = [line for line in extras.baselines if line['benchmark'] == benchmark and line['subset'] == 'all']
+    baselines = [
+      line
+      for line in extras.baselines
+      if line['benchmark'] == benchmark and line['subset'] == 'all'
+    ]
     sections.append(_table(_headline_rows(whole), baselines=baselines, first='stage'))
   sections.append(
-      'Interval: 95 %, clustered by item. A judgement that does not parse counts as wrong; a tie is credited as a '
-      'random pick among the tied. Order flips: how often two samples that saw the responses in different orders '
-      'disagree on the best.'
+    'Interval: 95 %, clustered by item. A judgement that does not parse counts as wrong; a '
+    'tie is credited as a random pick among the tied. Order flips: how often two samples that saw '
+    'the responses in different orders disagree on the best.'
   )
   return sections
 
@@ -102,8 +128,14 @@ def _headline_rows(rows: Sequence[Row]) -> list[Row]:
     own = [row for row in rows if row['stage'] == stage]
     chosen += [row for row in own if row['temperature'] == 0]
     sampled = [row for row in own if row['temperature'] > 0]
-    for n, temperature, guided in _unique((row['n'], row['temperature'], row['guided']) for row in sampled):
-      alike = [row for row in sampled if (row['n'], row['temperature'], row['guided']) == (n, temperature, guided)]
+    for n, temperature, guided in _unique(
+      (row['n'], row['temperature'], row['guided']) for row in sampled
+    ):
+      alike = [
+        row
+        for row in sampled
+        if (row['n'], row['temperature'], row['guided']) == (n, temperature, guided)
+      ]
       chosen.append(max(alike, key=lambda row: row['k']))
   return chosen
 
@@ -115,16 +147,16 @@ def _lead(rows: Sequence[Row]) -> str:
     return 'No item could be judged, so there is no accuracy.'
   if all(row['parse_failure'] == 1 for row in known):
     return (
-        'No judgement parsed, so every accuracy is 0: the model does not write the format yet. This says '
-        'nothing about its taste.'
+      'No judgement parsed, so every accuracy is 0: the model does not write the format yet. This says '
+      'nothing about its taste.'
     )
   best = max(known, key=lambda row: row['accuracy'])
   low, high = results.interval(best) or (None, None)
   return (
-      f'Best: {_cell(best["stage"])}, {setting(best, [row["temperature"] for row in rows])}: '
-      f'**{percent(best["accuracy"])}** [{decimals(low)}, {decimals(high)}] of {count(best["items"], "item")}, '
-      f'with {percent(best["parse_failure"])} parse failures, {percent(best["ties"])} ties and '
-      f'{percent(best.get("order_flip"))} order flips.' + _temperatures(rows)
+    f'Best: {_cell(best["stage"])}, {setting(best, [row["temperature"] for row in rows])}: '
+    f'**{percent(best["accuracy"])}** [{decimals(low)}, {decimals(high)}] of {count(best["items"], "item")}, '
+    f'with {percent(best["parse_failure"])} parse failures, {percent(best["ties"])} ties and '
+    f'{percent(best.get("order_flip"))} order flips.' + _temperatures(rows)
   )
 
 
@@ -153,21 +185,34 @@ def _subsets(rows: Sequence[Row], extras: Extras) -> list[str]:
     whole = results.whole(rows, benchmark)
     parts = [row for row in rows if row['benchmark'] == benchmark and row not in whole]
     chosen = [
-        row for name in _unique((row['subset'], row['n']) for row in parts)
-        for row in _headline_rows([part for part in parts if (part['subset'], part['n']) == name])
+      row
+      for name in _unique((row['subset'], row['n']) for row in parts)
+      for row in _headline_rows([part for part in parts if (part['subset'], part['n']) == name])
     ]
     if chosen:
-      baselines = [line for line in extras.baselines if line['benchmark'] == benchmark and line['subset'] != 'all']
+      baselines = [
+        line
+        for line in extras.baselines
+        if line['benchmark'] == benchmark and line['subset'] != 'all'
+      ]
       sections += [f'### {_cell(benchmark)}', _table(chosen, baselines=baselines, first='subset')]
   return ['## By part', *sections] if sections else []
 
 
 def _table(rows: Sequence[Row], *, baselines: Sequence[Mapping[str, Any]], first: str) -> str:
-  """One line per row and, below, per baseline; `first` is 'stage', or 'subset' for one more column before it."""
-  more = [(field, heading) for field, heading in _MORE_COLUMNS if any(row.get(field) is not None for row in rows)]
+  """One line per row and, below, per baseline; `first` is 'stage', or 'subset' to open with that."""
+  more = [
+    (field, heading)
+    for field, heading in _MORE_COLUMNS
+    if any(row.get(field) is not None for row in rows)
+  ]
   several_n = len(_unique(row['n'] for row in rows)) > 1
   temperatures = [row['temperature'] for row in rows]
-  heads = (['subset'] if first == 'subset' else []) + ['stage', 'judgement'] + (['responses'] if several_n else [])
+  heads = (
+    (['subset'] if first == 'subset' else [])
+    + ['stage', 'judgement']
+    + (['responses'] if several_n else [])
+  )
   texts = len(heads)
   heads += ['accuracy, %', '95 % interval', 'parse failures, %', 'ties, %', 'order flips, %']
   heads += [heading for _, heading in more] + ['items']
@@ -177,13 +222,22 @@ def _table(rows: Sequence[Row], *, baselines: Sequence[Mapping[str, Any]], first
     cells += [_cell(row['stage']), setting(row, temperatures)]
     cells += ['mixed' if row['n'] is None else str(row['n'])] if several_n else []
     cells += _accuracy(row)
-    cells += [decimals(row['parse_failure']), decimals(row['ties']), decimals(row.get('order_flip'))]
+    cells += [
+      decimals(row['parse_failure']),
+      decimals(row['ties']),
+      decimals(row.get('order_flip')),
+    ]
     cells += [_more(row, field) for field, _ in more] + [str(row['items'])]
     lines.append(cells)
   for line in baselines:
-    cells = ([_cell(line['subset'])] if first == 'subset' else []) + ['baseline', _cell(line['name'])]
+    cells = ([_cell(line['subset'])] if first == 'subset' else []) + [
+      'baseline',
+      _cell(line['name']),
+    ]
     cells += ['–'] if several_n else []
-    lines.append([*cells, *_accuracy(line), '–', '–', '–', *('–' for _ in more), str(line['items'])])
+    lines.append(
+      [*cells, *_accuracy(line), '–', '–', '–', *('–' for _ in more), str(line['items'])]
+    )
   rule = ['---'] * texts + ['---:'] * (len(heads) - texts)
   return '\n'.join('| ' + ' | '.join(cells) + ' |' for cells in [heads, rule, *lines])
 
@@ -191,7 +245,10 @@ def _table(rows: Sequence[Row], *, baselines: Sequence[Mapping[str, Any]], first
 def _accuracy(row: Mapping[str, Any]) -> list[str]:
   accuracy = row['accuracy'] if row['items'] else None
   bounds = results.interval(row)
-  return [decimals(accuracy), '–' if bounds is None else f'{decimals(bounds[0])} to {decimals(bounds[1])}']
+  return [
+    decimals(accuracy),
+    '–' if bounds is None else f'{decimals(bounds[0])} to {decimals(bounds[1])}',
+  ]
 
 
 def _more(row: Row, field: str) -> str:
@@ -202,8 +259,8 @@ def _more(row: Row, field: str) -> str:
 
 def _figures(path: pathlib.Path, extras: Extras) -> list[str]:
   shown = [
-      f'![{_cell(caption)}]({pathlib.Path(os.path.relpath(figure, path.parent)).as_posix()})'
-      for caption, figure in extras.figures.items()
+    f'![{_cell(caption)}]({pathlib.Path(os.path.relpath(figure, path.parent)).as_posix()})'
+    for caption, figure in extras.figures.items()
   ]
   return ['## Figures', *shown] if shown else []
 
@@ -221,16 +278,30 @@ def _skipped(extras: Extras) -> list[str]:
     if names:
       shown = ', '.join(_cell(name) for name in names[:_NAMES_SHOWN])
       rest = len(names) - _NAMES_SHOWN
-      lines.append(f'- {reason}: {count(len(names), "item")}: {shown}' + (f', and {rest} more' if rest > 0 else ''))
-  return ['## Skipped items', f'{count(total, "item")} left out; all names are in `skipped.json`.', '\n'.join(lines)]
+      lines.append(
+        f'- {reason}: {count(len(names), "item")}: {shown}'
+        + (f', and {rest} more' if rest > 0 else '')
+      )
+  return [
+    '## Skipped items',
+    f'{count(total, "item")} left out; all names are in `skipped.json`.',
+    '\n'.join(lines),
+  ]
 
 
 def _config(extras: Extras) -> list[str]:
   if not extras.config:
     return []
   lines = ['| field | value |', '| --- | --- |']
-  lines += [f'| {_cell(name)} | `{_cell(json.dumps(value))}` |' for name, value in extras.config.items()]
-  return ['## Config', '<details><summary>All fields that decide the result</summary>', '\n'.join(lines), '</details>']
+  lines += [
+    f'| {_cell(name)} | `{_cell(json.dumps(value))}` |' for name, value in extras.config.items()
+  ]
+  return [
+    '## Config',
+    '<details><summary>All fields that decide the result</summary>',
+    '\n'.join(lines),
+    '</details>',
+  ]
 
 
 def _cell(text: Any) -> str:

@@ -5,11 +5,11 @@ A row is flat: one accuracy of one stage on one benchmark, with what belongs bes
     stage, benchmark, subset     'rft', 'judgebench', 'all' or the name of a part
     n                            responses per item; None where items of different n are mixed
     temperature, k, guided       greedy is k = 1 at temperature 0; guided is False, 'hard' or 'soft'
-    accuracy, stderr, items      share in 0..1, its standard error clustered by item, number of items
+    accuracy, stderr, items      share in 0..1, standard error clustered by item, how many
     parse_failure, ties          shares in 0..1
 
-and may hold more, such as low and high (the 95 % interval), accuracy_judged, order_flip, overlong, auc.
-A number that does not exist (no item, not finite) is None, null in the file.
+and may hold more, such as low and high (the 95 % interval), accuracy_judged, order_flip, overlong,
+auc. A number that does not exist (no item, not finite) is None, null in the file.
 """
 
 import decimal
@@ -43,18 +43,24 @@ def _is_count(value: Any) -> bool:
 
 
 _REQUIRED: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    'stage': ('a name', lambda value: isinstance(value, str) and value != ''),
-    'benchmark': ('a name', lambda value: isinstance(value, str) and value != ''),
-    'subset': ('a name', lambda value: isinstance(value, str) and value != ''),
-    'n': ('a positive integer, or None', lambda value: value is None or (_is_count(value) and value > 0)),
-    'temperature': ('a number >= 0', lambda value: _is_number(value) and value >= 0),
-    'k': ('a positive integer', lambda value: _is_count(value) and value > 0),
-    'guided': ("False, 'hard' or 'soft'", lambda value: value is False or value in ('hard', 'soft')),
-    'accuracy': ('a share in 0..1, or None', _is_share),
-    'stderr': ('a number >= 0, or None', lambda value: value is None or (_is_number(value) and value >= 0)),
-    'items': ('an integer >= 0', _is_count),
-    'parse_failure': ('a share in 0..1, or None', _is_share),
-    'ties': ('a share in 0..1, or None', _is_share),
+  'stage': ('a name', lambda value: isinstance(value, str) and value != ''),
+  'benchmark': ('a name', lambda value: isinstance(value, str) and value != ''),
+  'subset': ('a name', lambda value: isinstance(value, str) and value != ''),
+  'n': (
+    'a positive integer, or None',
+    lambda value: value is None or (_is_count(value) and value > 0),
+  ),
+  'temperature': ('a number >= 0', lambda value: _is_number(value) and value >= 0),
+  'k': ('a positive integer', lambda value: _is_count(value) and value > 0),
+  'guided': ("False, 'hard' or 'soft'", lambda value: value is False or value in ('hard', 'soft')),
+  'accuracy': ('a share in 0..1, or None', _is_share),
+  'stderr': (
+    'a number >= 0, or None',
+    lambda value: value is None or (_is_number(value) and value >= 0),
+  ),
+  'items': ('an integer >= 0', _is_count),
+  'parse_failure': ('a share in 0..1, or None', _is_share),
+  'ties': ('a share in 0..1, or None', _is_share),
 }
 _OPTIONAL_SHARES = ('low', 'high', 'accuracy_judged', 'order_flip', 'resample_flip', 'auc')
 
@@ -68,7 +74,9 @@ def validated(rows: Sequence[Mapping[str, Any]]) -> list[Row]:
     missing = [key for key in _REQUIRED if key not in row]
     if missing:
       raise ValueError(f'{name} lacks {", ".join(missing)}; every row has {", ".join(_REQUIRED)}')
-    allowed = _REQUIRED | {key: ('a share in 0..1, or None', _is_share) for key in _OPTIONAL_SHARES if key in row}
+    allowed = _REQUIRED | {
+      key: ('a share in 0..1, or None', _is_share) for key in _OPTIONAL_SHARES if key in row
+    }
     for key, (what, check) in allowed.items():
       if not check(row[key]):
         raise ValueError(f'{name}: {key} is {row[key]!r}; allowed: {what}')
@@ -102,7 +110,7 @@ def read(path: str | os.PathLike[str]) -> list[Row]:
 
 
 def whole(rows: Sequence[Row], benchmark: str) -> list[Row]:
-  """The rows over all items of a benchmark: subset 'all' and, where responses are mixed, no single n."""
+  """The rows over all items of a benchmark: subset 'all', and no single n where n is mixed."""
   everything = [row for row in rows if row['benchmark'] == benchmark and row['subset'] == 'all']
   mixed = [row for row in everything if row['n'] is None]
   return mixed or everything
@@ -117,14 +125,17 @@ def interval(row: Mapping[str, Any]) -> tuple[float, float] | None:
     return low, high
   if row['stderr'] is None:
     return None
-  return max(0.0, row['accuracy'] - _Z95 * row['stderr']), min(1.0, row['accuracy'] + _Z95 * row['stderr'])
+  return max(0.0, row['accuracy'] - _Z95 * row['stderr']), min(
+    1.0, row['accuracy'] + _Z95 * row['stderr']
+  )
 
 
 def percent(share: Any, places: int = 1) -> str:
   """A share as a percentage, halves rounded up as on paper: 0.62285 -> '62.3 %'; None -> '–'.
 
-  Python's own rounding goes by the binary value: it writes 0.1235 as 12.3, and a share of 201/320, exactly
-  62.8125, as 62.812. Twelve significant digits first take away what sums in binary leave behind.
+  Python's own rounding goes by the binary value: it writes 0.1235 as 12.3, and a share of 201/320,
+  exactly 62.8125, as 62.812. Twelve significant digits first take away what sums in binary leave
+  behind.
   """
   return '–' if share is None else f'{decimals(share, places)} %'
 

@@ -2,18 +2,18 @@
 
     W/config.json            the whole config, written at first use
     W/metrics.jsonl          rows {stage, step, ...} of what is deterministic
-    W/timing.jsonl           rows {stage, step, ...} of seconds and bytes, which differ from run to run
+    W/timing.jsonl           rows {stage, step, ...} of seconds and bytes
     W/tensorboard/<stage>/   both, for TensorBoard
-    W/<stage>/STARTED.json   what the work in this folder was made from: fingerprints of config and inputs
+    W/<stage>/STARTED.json   fingerprints of the config and inputs of the work in this folder
     W/<stage>/DONE.json      the same, once the stage is finished
     W/<stage>.old<i>/        work that was made from other inputs, put aside and never deleted
 
 Rules:
 
-1. A workdir belongs to one config. Fields that cannot change a result (`NOT_SEMANTIC`) may differ, so a
-   run may resume on another mesh; any other difference is an error that names the fields.
-2. A stage is done if its config and the content of the files it read are what they were, and what it
-   wrote is still there. The git commit and the version are recorded and not compared.
+1. A workdir belongs to one config. Fields that cannot change a result (`NOT_SEMANTIC`) may differ,
+   so a run may resume on another mesh; any other difference is an error that names the fields.
+2. A stage is done if its config and the content of the files it read are what they were, and what
+   it wrote is still there. The git commit and the version are recorded and not compared.
 3. One run at a time: the folder is locked while a run holds it, and the lock dies with the process.
 4. Only process 0 writes, and what process 0 finds is what every process acts on.
 """
@@ -34,12 +34,23 @@ from typing import Any
 
 import numpy as np
 
+from spct_jax.data import sources
 from spct_jax.stages.logbook import MetricsWriter, read_rows
 from spct_jax.stages.processes import as_writer_says, barrier, is_writer, write_text
 
 __all__ = (
-    'NOT_SEMANTIC', 'MetricsWriter', 'Workdir', 'barrier', 'commit', 'is_writer', 'open_workdir', 'plain',
-    'read_rows', 'semantic', 'version', 'write_text',
+  'NOT_SEMANTIC',
+  'MetricsWriter',
+  'Workdir',
+  'barrier',
+  'commit',
+  'is_writer',
+  'open_workdir',
+  'plain',
+  'read_rows',
+  'semantic',
+  'version',
+  'write_text',
 )
 
 # Top-level fields of a config that say where and how loudly a run goes, not what it computes.
@@ -63,8 +74,8 @@ def plain(value: Any) -> Any:
   if value is None or isinstance(value, (bool, int, float, str)):
     return value
   raise ValueError(
-      f'a config field holds {value!r} of type {type(value).__name__}; a workdir can store numbers, strings, '
-      'booleans, None, lists, tuples and dicts of these: name the object by a string and look it up in the code'
+    f'a config field holds {value!r} of type {type(value).__name__}; a workdir stores numbers, strings, '
+    'booleans, None, lists, tuples and dicts of these: name the object by a string'
   )
 
 
@@ -88,15 +99,20 @@ def _digest(value: Any) -> str:
 
 
 def commit() -> str | None:
-  """The git commit of the code that runs, with '-dirty' after it if files differ; None outside a clone."""
+  """The git commit of the code that runs, '-dirty' if files differ; None outside a clone."""
   folder = pathlib.Path(__file__).parent
   try:
     git = ['git', '-C', str(folder)]
-    # An installed copy may lie inside somebody else's repository, whose commit says nothing about us.
-    subprocess.run([*git, 'ls-files', '--error-unmatch', 'workdir.py'], check=True, capture_output=True)
+    # An installed copy may lie inside somebody else's repository, whose commit says nothing about
+    # us.
+    subprocess.run(
+      [*git, 'ls-files', '--error-unmatch', 'workdir.py'], check=True, capture_output=True
+    )
     described = subprocess.run(
-        [*git, 'describe', '--always', '--dirty', '--abbrev=40', '--exclude=*'],
-        check=True, capture_output=True, text=True,
+      [*git, 'describe', '--always', '--dirty', '--abbrev=40', '--exclude=*'],
+      check=True,
+      capture_output=True,
+      text=True,
     )
   except (OSError, subprocess.CalledProcessError):
     return None
@@ -124,8 +140,8 @@ def _content(path: pathlib.Path) -> str:
 class Workdir:
   """A folder that holds a run. Made by `open_workdir`, which also locks it; `close` lets go of it.
 
-  `lock` is the open file that carries the lock (None in the processes that do not write), and `fresh`
-  says that this run, not an earlier one, wrote `config.json`.
+  `lock` is the open file that carries the lock (None in the processes that do not write), and
+  `fresh` says that this run, not an earlier one, wrote `config.json`.
   """
 
   path: pathlib.Path
@@ -144,7 +160,7 @@ class Workdir:
       self.lock.close()
 
   def withdraw(self) -> None:
-    """Takes back a config that no stage has acted on, so that a corrected one finds the workdir free."""
+    """Takes back a config that no stage has acted on, so that a corrected one is welcome."""
     if self.lock is None or not self.fresh:
       return
     files = [path for path in self.path.rglob('*') if not path.is_dir()]
@@ -160,22 +176,30 @@ class Workdir:
     return self.path / stage
 
   def resolve(self, read: str | os.PathLike[str]) -> pathlib.Path:
-    """A path that a stage reads: inside the workdir if it is there, else as the caller wrote it."""
+    """A path that a stage reads: inside the workdir if it is there, else as the caller wrote it.
+
+    A name such as 'builtin:preferences' is the file that the package carries.
+    """
+    if str(read) in sources.BUILTIN:
+      return sources.BUILTIN[str(read)]
     inside = self.path / read
     return inside if inside.exists() else pathlib.Path(read)
 
   def missing(self, reads: Sequence[str | os.PathLike[str]]) -> list[str]:
-    """The entries of `reads` that are not there; a name with a scheme such as 'builtin:x' is no file."""
+    """The entries of `reads` that are not there; a name such as 'tfds:x' is no file."""
     return [
-        str(read) for read in reads
-        if not self.resolve(read).exists() and not re.match(r'[a-z_]{2,}:', str(read))
+      str(read)
+      for read in reads
+      if not self.resolve(read).exists() and not re.match(r'[a-z_]{2,}:', str(read))
     ]
 
-  def fingerprint(self, config: Any, reads: Sequence[str | os.PathLike[str]]) -> dict[str, Any] | None:
+  def fingerprint(
+    self, config: Any, reads: Sequence[str | os.PathLike[str]]
+  ) -> dict[str, Any] | None:
     """What a stage's result depends on; None if one of its inputs is not there.
 
-    An entry of `reads` is a file, a folder, or a name with a scheme such as 'builtin:preferences', which
-    stands for itself.
+    An entry of `reads` is a file, a folder, or a name: 'builtin:preferences' stands for the carried
+    file, any other with a scheme ('tfds:...') for itself.
     """
     if self.missing(reads):
       return None
@@ -186,7 +210,7 @@ class Workdir:
     return {'config': _digest(semantic(config)), 'inputs': inputs}
 
   def is_done(self, stage: str, config: Any, reads: Sequence[str | os.PathLike[str]]) -> bool:
-    """Whether the stage finished with this config, from inputs of this content, and its files are there."""
+    """Whether the stage finished with this config and inputs, and its files are still there."""
 
     def found() -> bool:
       done = _read_json(self.stage_dir(stage) / 'DONE.json')
@@ -199,8 +223,9 @@ class Workdir:
   def start(self, stage: str, config: Any, reads: Sequence[str | os.PathLike[str]]) -> pathlib.Path:
     """Opens the stage's folder for work and returns it.
 
-    Unfinished work from the same config and inputs stays, to be resumed. Work from others is put aside as
-    W/<stage>.old<i>, so that no checkpoint of other inputs is ever resumed and nothing is lost.
+    Unfinished work from the same config and inputs stays, to be resumed. Work from others is put
+    aside as W/<stage>.old<i>, so that no checkpoint of other inputs is ever resumed and nothing is
+    lost.
     """
     folder = self.stage_dir(stage)
 
@@ -208,13 +233,14 @@ class Workdir:
       fingerprint = self.fingerprint(config, reads)
       if fingerprint is None:
         raise ValueError(
-            f'stage {stage!r} reads {", ".join(self.missing(reads))}, which does not exist; run the stage that writes it, or '
-            'correct the path in the config'
+          f'stage {stage!r} reads {", ".join(self.missing(reads))}, which does not '
+          'exist; run the stage that writes it, or '
+          'correct the path in the config'
         )
       started = _read_json(folder / 'STARTED.json')
       if started is not None and started['fingerprint'] != fingerprint:
         aside = next(
-            path for i in range(1, 10**6) if not (path := self.path / f'{stage}.old{i}').exists()
+          path for i in range(1, 10**6) if not (path := self.path / f'{stage}.old{i}').exists()
         )
         os.rename(folder, aside)
       folder.mkdir(parents=True, exist_ok=True)
@@ -226,18 +252,24 @@ class Workdir:
     return folder
 
   def mark_done(
-      self, stage: str, config: Any, reads: Sequence[str | os.PathLike[str]],
-      writes: Sequence[str | os.PathLike[str]] = (),
+    self,
+    stage: str,
+    config: Any,
+    reads: Sequence[str | os.PathLike[str]],
+    writes: Sequence[str | os.PathLike[str]] = (),
   ) -> None:
     """Records that the stage is finished; `writes` are its files, relative to the workdir.
 
-    The inputs are those recorded by `start`: a file that changed while the stage ran makes it not done.
+    The inputs are those recorded by `start`: a file that changed while the stage ran makes it not
+    done.
     """
     folder = self.stage_dir(stage)
 
     def finish() -> bool:
       started = _read_json(folder / 'STARTED.json')
-      fingerprint = started['fingerprint'] if started is not None else self.fingerprint(config, reads)
+      fingerprint = (
+        started['fingerprint'] if started is not None else self.fingerprint(config, reads)
+      )
       folder.mkdir(parents=True, exist_ok=True)
       record = _record(stage, fingerprint) | {'writes': [str(name) for name in writes]}
       write_text(folder / 'DONE.json', json.dumps(record, indent=2) + '\n')
@@ -298,7 +330,7 @@ def _lock(path: pathlib.Path) -> Any:
     holder = lock.read().strip() or 'unknown'
     lock.close()
     raise ValueError(
-        f'workdir {path} is in use by another run ({holder}); wait for it or stop it, or give another --workdir'
+      f'workdir {path} is in use by another run ({holder}); wait for it, or give another --workdir'
     ) from None
   lock.truncate(0)
   lock.write(f'process {os.getpid()} on {socket.gethostname()}\n')
@@ -308,17 +340,28 @@ def _lock(path: pathlib.Path) -> Any:
 
 def _check_same(path: pathlib.Path, stored: Any, config: Any) -> None:
   old, new = semantic(stored), semantic(config)
-  differing = sorted(key for key in old.keys() | new.keys() if old.get(key, _ABSENT) != new.get(key, _ABSENT))
+  differing = sorted(
+    key for key in old.keys() | new.keys() if old.get(key, _ABSENT) != new.get(key, _ABSENT)
+  )
   if not differing:
     return
-  shown = {name: {key: json.dumps(flat[key]) if key in flat else _ABSENT for key in differing}
-           for name, flat in (('old', old), ('new', new))}
-  lines = [f'  {key}: the workdir has {shown["old"][key]}, this run has {shown["new"][key]}' for key in differing]
-  raise ValueError('\n'.join([
-      f'workdir {path} belongs to another config; it differs in {len(differing)} '
-      f'{"field" if len(differing) == 1 else "fields"}:',
-      *lines,
-      'give a new --workdir, or restore the '
-      + ('value' if len(differing) == 1 else 'values')
-      + f' of the workdir (fields under {", ".join(NOT_SEMANTIC)} may differ)',
-  ]))
+  shown = {
+    name: {key: json.dumps(flat[key]) if key in flat else _ABSENT for key in differing}
+    for name, flat in (('old', old), ('new', new))
+  }
+  lines = [
+    f'  {key}: the workdir has {shown["old"][key]}, this run has {shown["new"][key]}'
+    for key in differing
+  ]
+  raise ValueError(
+    '\n'.join(
+      [
+        f'workdir {path} belongs to another config; it differs in {len(differing)} '
+        f'{"field" if len(differing) == 1 else "fields"}:',
+        *lines,
+        'give a new --workdir, or restore the '
+        + ('value' if len(differing) == 1 else 'values')
+        + f' of the workdir (fields under {", ".join(NOT_SEMANTIC)} may differ)',
+      ]
+    )
+  )

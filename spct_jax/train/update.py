@@ -65,7 +65,7 @@ def make_step(
     (total, count, aux), grads = _accumulate(loss_fn, params, batch, microbatches, mesh, shardings)
     denominator = jnp.maximum(count, 1).astype(jnp.float32)
     grads = jax.tree.map(lambda g: g / denominator, grads)
-    grad_norm = optax.global_norm(grads)
+    grad_norm = _norm(grads)
     finite = jnp.isfinite(grad_norm) & jnp.isfinite(total)
     updates, opt_state = optimizer.transform.update(grads, state['opt_state'], params)
     moved = {'params': optax.apply_updates(params, updates), 'opt_state': opt_state}
@@ -76,7 +76,7 @@ def make_step(
         'count': count,
         **{name: _mean(name, *pair) for name, pair in aux.items()},
         'grad_norm': grad_norm,
-        'param_norm': optax.global_norm(params),
+        'param_norm': _norm(params),
         'learning_rate': optimizer.schedule(optim.applied_updates(state['opt_state'])),
         'skipped': 1 - finite.astype(jnp.float32),
     }
@@ -137,6 +137,11 @@ def _add_sums(left, right):
       for name in left[2]
   }
   return left[0] + right[0], left[1] + right[1], aux
+
+
+def _norm(tree: Any) -> jax.Array:
+  """The Euclidean norm of all leaves together, float32."""
+  return jnp.sqrt(sum(jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(tree)))
 
 
 def _mean(name: str, total: jax.Array, count: jax.Array) -> jax.Array:

@@ -1,8 +1,9 @@
 """Rewards, advantages, k3 and the GRPO loss: against loops, against torch, and under every mask.
 
-Mutations seen to fail here: sample instead of population std; `max == min` test dropped (rewards of 0.1);
-token-level instead of per-sequence mean; `max` for `min` in the surrogate; sign of the KL; the log-ratio left
-unclipped; `_shown` removed; k3 in its closed form only; the clip applied to one side; k1 for k3.
+Mutations seen to fail here: sample instead of population std; `max == min` test dropped (rewards of
+0.1); token-level instead of per-sequence mean; `max` for `min` in the surrogate; sign of the KL;
+the log-ratio left unclipped; `_shown` removed; k3 in its closed form only; the clip applied to one
+side; k1 for k3.
 """
 
 import itertools
@@ -78,8 +79,12 @@ def test_advantages_of_every_group(group):
     if std == 0:
       assert (row == 0).all()  # exactly: no signal, no gradient
     else:
-      np.testing.assert_allclose(row, [(v - mean) / (std + 1e-6) for v in values], rtol=1e-5, atol=1e-6)
-  np.testing.assert_array_equal(grpo.has_signal(rewards), [len(set(v)) > 1 for v in rewards.tolist()])
+      np.testing.assert_allclose(
+          row, [(v - mean) / (std + 1e-6) for v in values], rtol=1e-5, atol=1e-6
+      )
+  np.testing.assert_array_equal(
+      grpo.has_signal(rewards), [len(set(v)) > 1 for v in rewards.tolist()]
+  )
 
 
 @pytest.mark.parametrize('group', [1, 3, 6, 7])
@@ -94,7 +99,9 @@ def test_advantages_take_an_eps_and_integers():
 
 
 def test_k3_is_never_negative_and_exact():
-  x = np.concatenate([np.linspace(-20, 20, 4001), np.logspace(-12, 0, 500), -np.logspace(-12, 0, 500), [0.0]])
+  x = np.concatenate(
+      [np.linspace(-20, 20, 4001), np.logspace(-12, 0, 500), -np.logspace(-12, 0, 500), [0.0]]
+  )
   x = x.astype(np.float32)
   got = np.asarray(grpo.kl_k3(np.zeros_like(x), x))
   assert (got >= 0).all()
@@ -107,7 +114,9 @@ def test_k3_is_never_negative_and_exact():
 
 def test_k3_has_the_gradient_of_its_formula():
   x = np.concatenate([np.linspace(-3, 3, 601), [0.1, -0.1, 0.0999, -0.0999]]).astype(np.float32)
-  gradient = jax.vmap(jax.grad(lambda logp, ref: grpo.kl_k3(logp[None], ref[None])[0]))(jnp.zeros_like(x), x)
+  gradient = jax.vmap(jax.grad(lambda logp, ref: grpo.kl_k3(logp[None], ref[None])[0]))(
+      jnp.zeros_like(x), x
+  )
   np.testing.assert_allclose(gradient, -np.expm1(x.astype(np.float64)), rtol=2e-5, atol=1e-7)
 
 
@@ -115,9 +124,14 @@ def test_k3_has_the_gradient_of_its_formula():
 def test_the_loss_against_the_loop(seed):
   logp, old, ref, advantage, mask = batch(seed)
   clip_eps, beta = [(0.2, 0.08), (0.1, 0.0), (0.3, 0.5)][seed % 3]
-  expected, sequences = loop_loss(*(x.tolist() for x in (logp, old, ref, advantage, mask)), clip_eps, beta)
+  expected, sequences = loop_loss(
+      *(x.tolist() for x in (logp, old, ref, advantage, mask)), clip_eps, beta
+  )
   rng = np.random.default_rng(seed)
-  dirty = [np.where(mask, x, rng.choice([NAN, INF, -INF, np.float32(3e38)], mask.shape)) for x in (logp, old, ref)]
+  dirty = [
+      np.where(mask, x, rng.choice([NAN, INF, -INF, np.float32(3e38)], mask.shape))
+      for x in (logp, old, ref)
+  ]
   for arrays in ((logp, old, ref), dirty):
     total, count = grpo.loss(*arrays, advantage, mask, clip_eps=clip_eps, kl_coef=beta)
     np.testing.assert_allclose(float(total), expected, rtol=2e-5, atol=2e-6)
@@ -127,7 +141,9 @@ def test_the_loss_against_the_loop(seed):
 def test_one_token_by_hand():
   # rho = e^0.5 = 1.6487; A = 2: the clip holds at 1.2 -> 2.4; x = 0.3: k3 = 1.34986 - 1.3 = 0.04986
   one = lambda v: np.array([[v]], np.float32)
-  total, count = grpo.loss(one(-1.0), one(-1.5), one(-0.7), np.float32([2]), one(1) > 0, clip_eps=0.2, kl_coef=0.08)
+  total, count = grpo.loss(
+      one(-1.0), one(-1.5), one(-0.7), np.float32([2]), one(1) > 0, clip_eps=0.2, kl_coef=0.08
+  )
   np.testing.assert_allclose(float(total), -(2.4 - 0.08 * (math.exp(0.3) - 1.3)), rtol=1e-6)
   assert float(count) == 1
   # A < 0 with rho above: not clipped (the pessimistic side)
@@ -172,7 +188,9 @@ def test_finite_gradients_under_every_mask(garbage):
 
 
 def test_an_overflowing_ratio_poisons_nothing():
-  both = jax.jit(jax.value_and_grad(lambda x, old, a: grpo.loss(x, old, old, a, np.ones((1, 2), bool))[0]))
+  both = jax.jit(
+      jax.value_and_grad(lambda x, old, a: grpo.loss(x, old, old, a, np.ones((1, 2), bool))[0])
+  )
   for gap, sign, advantage in itertools.product((50, 200, 1e6, INF), (1, -1), (1.0, -1.0, 0.0)):
     logp = np.array([[-1.0, -2.0]], np.float32)
     old = logp - np.float32([[sign * gap, 0]])
@@ -181,9 +199,12 @@ def test_an_overflowing_ratio_poisons_nothing():
 
 
 def torch_loss(logp, old, ref, advantage, mask, clip_eps, beta):
-  """As the public trainers write it: per-token loss, masked mean per sequence, mean over sequences; with autograd."""
+  """As the public trainers write it: per-token loss, masked mean per sequence, mean over sequences;
+  with autograd."""
   torch = pytest.importorskip('torch')
-  logp, old, ref, advantage = (torch.tensor(x, dtype=torch.float64) for x in (logp, old, ref, advantage))
+  logp, old, ref, advantage = (
+      torch.tensor(x, dtype=torch.float64) for x in (logp, old, ref, advantage)
+  )
   mask = torch.tensor(mask.astype(np.float64))
   logp.requires_grad_(True)
   kl = torch.exp(ref - logp) - (ref - logp) - 1
@@ -221,7 +242,9 @@ def test_diagnostics_by_loop():
     expected['kl'] += math.exp(x) - x - 1
     expected['ratio'] += rho
     expected['logp_gap'] += abs(float(logp[i, t]) - float(old[i, t]))
-    expected['clip_fraction'] += (advantage[i] > 0 and rho > 1.2) or (advantage[i] < 0 and rho < 0.8)
+    expected['clip_fraction'] += (advantage[i] > 0 and rho > 1.2) or (
+        advantage[i] < 0 and rho < 0.8
+    )
   assert set(got) == set(expected) and expected['clip_fraction'] > 0
   for name, (total, count) in got.items():
     np.testing.assert_allclose(float(total), expected[name], rtol=2e-5, err_msg=name)

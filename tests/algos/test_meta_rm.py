@@ -1,7 +1,7 @@
 """The meta-RM's loss and its choice of voters, against loops and every small pattern.
 
-Mutations seen to fail here: ties to the later sample; invalid samples taking a place; NaN left in the ranking;
-`softplus` of the wrong sign; soft weights without the common factor.
+Mutations seen to fail here: ties to the later sample; invalid samples taking a place; NaN left in
+the ranking; `softplus` of the wrong sign; soft weights without the common factor.
 """
 
 import itertools
@@ -70,11 +70,14 @@ def test_against_the_loop(samples):
   traced = jax.jit(meta_rm.top_k)
   for k_meta in sorted({1, max(1, samples // 2), samples}):
     expected = loop(score, valid, k_meta)
-    np.testing.assert_array_equal(meta_rm.top_k(meta_score=score, valid=valid, k_meta=k_meta), expected)
+    np.testing.assert_array_equal(
+        meta_rm.top_k(meta_score=score, valid=valid, k_meta=k_meta), expected
+    )
     np.testing.assert_array_equal(traced(score, valid, jnp.int32(k_meta)), expected)
     integers = rng.integers(-2, 3, score.shape)
     np.testing.assert_array_equal(
-        meta_rm.top_k(integers, valid, np.int64(k_meta)), loop(integers.astype(float), valid, k_meta)
+        meta_rm.top_k(integers, valid, np.int64(k_meta)),
+        loop(integers.astype(float), valid, k_meta),
     )
 
 
@@ -142,7 +145,9 @@ def test_soft_weights_of_hopeless_and_broken_logits():
   weights = lambda score, valid: np.asarray(
       meta_rm.soft_weights(np.float32([score]), np.array([valid], bool), 1.0)
   )[0].tolist()
-  np.testing.assert_allclose(weights([-1000, -1001, -2000], [1, 1, 1]), [1, math.exp(-1), 0], rtol=1e-5)
+  np.testing.assert_allclose(
+      weights([-1000, -1001, -2000], [1, 1, 1]), [1, math.exp(-1), 0], rtol=1e-5
+  )
   assert weights([NAN, 0.0, 5.0], [1, 1, 0]) == [0, 1, 0]
   assert weights([NAN, -INF, 5.0], [1, 1, 0]) == [1, 1, 0]
   assert weights([INF, NAN], [1, 1]) == [1, 0]

@@ -1,7 +1,7 @@
 """Eq 10 against a loop written from the paper, and cases counted by hand.
 
-Mutations seen to fail here: `>` to `>=`; dropping `valid`; dropping the response mask; using the index rule
-for n == 1; a maximum over a fill value instead of comparisons.
+Mutations seen to fail here: `>` to `>=`; dropping `valid`; dropping the response mask; using the
+index rule for n == 1; a maximum over a fill value instead of comparisons.
 """
 
 import jax
@@ -37,7 +37,9 @@ def loop(scores, valid, label, response_mask):
 
 def one(scores, label, exists=None, valid=True):
   exists = [True] * len(scores) if exists is None else exists
-  got = outcome.correct(np.array([[scores]]), np.array([[valid]]), np.array([label]), np.array([exists], bool))
+  got = outcome.correct(
+      np.array([[scores]]), np.array([[valid]]), np.array([label]), np.array([exists], bool)
+  )
   assert got.shape == (1, 1) and got.dtype == bool
   return bool(got[0, 0])
 
@@ -77,7 +79,9 @@ def test_the_least_integer_still_loses():
 def test_absent_responses_do_not_matter_and_cannot_win():
   assert one([5, 7, 99, 99], 1, exists=[1, 1, 0, 0]) is True
   assert one([5, 7, 99, 99], 2, exists=[1, 1, 0, 0]) is False
-  assert one([99, 1, 99, 99], 1, exists=[0, 1, 0, 0]) is True  # n == 1 wherever the one response stands
+  assert (
+      one([99, 1, 99, 99], 1, exists=[0, 1, 0, 0]) is True
+  )  # n == 1 wherever the one response stands
   assert one([5, 7], 0, exists=[0, 0]) is False
 
 
@@ -99,10 +103,16 @@ def test_against_the_loop(dtype, seed):
   response_mask = rng.random((items, responses)) < 0.7
   label = rng.integers(-1, responses + 1, items)
   if dtype == np.float32:
-    scores = np.where(response_mask[:, None] & valid[..., None], scores, rng.choice([np.nan, np.inf, 1e38], scores.shape))
+    scores = np.where(
+        response_mask[:, None] & valid[..., None],
+        scores,
+        rng.choice([np.nan, np.inf, 1e38], scores.shape),
+    )
     scores = scores.astype(dtype)
   else:
-    scores = np.where(response_mask[:, None] & valid[..., None], scores, np.iinfo(dtype).max).astype(dtype)
+    scores = np.where(
+        response_mask[:, None] & valid[..., None], scores, np.iinfo(dtype).max
+    ).astype(dtype)
   expected = loop(scores, valid, label, response_mask)
   got = outcome.correct(scores=scores, valid=valid, label=label, response_mask=response_mask)
   np.testing.assert_array_equal(got, expected)
@@ -136,4 +146,9 @@ def test_one_device_and_eight_agree():
 
 def test_wrong_shapes_are_refused():
   with pytest.raises(Exception, match='valid'):
-    outcome.correct(np.ones((2, 3, 4), np.int32), np.ones((2, 1), bool), np.zeros(2, np.int32), np.ones((2, 4), bool))
+    outcome.correct(
+        np.ones((2, 3, 4), np.int32),
+        np.ones((2, 1), bool),
+        np.zeros(2, np.int32),
+        np.ones((2, 4), bool),
+    )

@@ -1,7 +1,7 @@
 """The RFT filter against a loop written from the paper, over every small case.
 
-Mutations seen to fail here: too easy counting hinted samples; hinted samples dropped with an easy item;
-an item with hinted samples only called too easy.
+Mutations seen to fail here: too easy counting hinted samples; hinted samples dropped with an easy
+item; an item with hinted samples only called too easy.
 """
 
 import itertools

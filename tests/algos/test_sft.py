@@ -1,6 +1,6 @@
 """The fine-tuning loss: hand-computed, masked garbage, every mask.
 
-Mutation seen to fail here: `logp * token_mask` instead of a selection.
+Mutation seen to fail here: `logp` times a mask of numbers instead of a selection.
 """
 
 import itertools
@@ -23,7 +23,9 @@ def test_the_example_of_the_docstring():
 def test_splitting_the_batch_changes_nothing():
   rng = np.random.default_rng(0)
   logp, mask = -rng.random((6, 5)).astype(np.float32), rng.random((6, 5)) < 0.5
-  whole, parts = sft.loss(logp, mask), [sft.loss(logp[i : i + 2], mask[i : i + 2]) for i in (0, 2, 4)]
+  whole, parts = sft.loss(logp, mask), [
+      sft.loss(logp[i : i + 2], mask[i : i + 2]) for i in (0, 2, 4)
+  ]
   np.testing.assert_allclose(float(whole[0]), sum(float(p[0]) for p in parts), rtol=1e-6)
   assert float(whole[1]) == sum(float(p[1]) for p in parts) == mask.sum()
 

@@ -1,7 +1,8 @@
 """Eq 14, the credit of a vote and the drawn winner, against loops in exact arithmetic.
 
-Mutations seen to fail here: mean for sum; the response mask dropped; weight 0 times NaN; a tie credited whole;
-a tie without the gold credited; the n == 1 threshold at >=; `voted` ignored; the draw taking the first of the tied.
+Mutations seen to fail here: mean for sum; the response mask dropped; weight 0 times NaN; a tie
+credited whole; a tie without the gold credited; the n == 1 threshold at >=; `voted` ignored; the
+draw taking the first of the tied.
 """
 
 import fractions
@@ -57,7 +58,12 @@ def random_items(seed, items=80, samples=5, responses=4, dtype=np.int8):
   label = rng.integers(-1, responses, items)
   garbage = np.array([NAN, INF, 1e38]) if np.issubdtype(dtype, np.floating) else np.array([99, -77])
   hidden = ~(response_mask[:, None] & valid[..., None])
-  return np.where(hidden, rng.choice(garbage, scores.shape), scores).astype(dtype), valid, label, response_mask
+  return (
+      np.where(hidden, rng.choice(garbage, scores.shape), scores).astype(dtype),
+      valid,
+      label,
+      response_mask,
+  )
 
 
 @pytest.mark.parametrize('dtype', [np.int8, np.int32, np.float32])
@@ -72,7 +78,9 @@ def test_vote_and_credit_against_the_loop(seed, dtype):
   np.testing.assert_array_equal(jax.jit(voting.vote)(scores, valid, response_mask), expected)
   voted, weight_sum = valid.any(1), valid.sum(1)
   got = voting.credit(totals, label, response_mask, voted, weight_sum)
-  earned = loop_credit(expected, label.tolist(), response_mask.tolist(), voted.tolist(), weight_sum.tolist())
+  earned = loop_credit(
+      expected, label.tolist(), response_mask.tolist(), voted.tolist(), weight_sum.tolist()
+  )
   np.testing.assert_allclose(got, earned, rtol=1e-6)
   assert {0.0, 0.5, 1.0} <= set(np.asarray(got).tolist())
 
@@ -93,7 +101,9 @@ def test_weights_that_are_not_above_zero_do_not_vote():
 
 
 def test_without_any_vote_all_present_are_zero():
-  got = voting.vote(np.full((1, 2, 3), NAN, np.float32), np.zeros((1, 2), bool), np.array([[1, 1, 0]], bool))
+  got = voting.vote(
+      np.full((1, 2, 3), NAN, np.float32), np.zeros((1, 2), bool), np.array([[1, 1, 0]], bool)
+  )
   np.testing.assert_array_equal(got, [[0, 0, -INF]])
   none = np.array([False])
   assert voting.credit(got, np.array([0]), np.array([[1, 1, 0]], bool), none, np.array([0]))[0] == 0
@@ -142,7 +152,8 @@ def test_the_mean_credit_of_winners_is_the_credit():
   rows = (response_mask.sum(1) > 1) & valid.any(1)
   expected = np.asarray(voting.credit(totals, label, response_mask, valid.any(1), valid.sum(1)))
   draws = [
-      np.asarray(voting.winner(totals, response_mask, np.full(20, (u + 0.5) / 12, np.float32))) == label
+      np.asarray(voting.winner(totals, response_mask, np.full(20, (u + 0.5) / 12, np.float32)))
+      == label
       for u in range(12)
   ]
   np.testing.assert_allclose(np.mean(draws, axis=0)[rows], expected[rows], atol=1e-6)
@@ -152,7 +163,9 @@ def test_permuting_the_responses_permutes_the_totals():
   scores, valid, _, response_mask = random_items(6)
   shuffle = np.random.default_rng(0).permutation(4)
   moved = voting.vote(scores[:, :, shuffle], valid, response_mask[:, shuffle])
-  np.testing.assert_array_equal(moved, np.asarray(voting.vote(scores, valid, response_mask))[:, shuffle])
+  np.testing.assert_array_equal(
+      moved, np.asarray(voting.vote(scores, valid, response_mask))[:, shuffle]
+  )
 
 
 # The vectors of section 2.9 of our notes on the paper.
@@ -174,7 +187,9 @@ def test_paper_table_17():
   for j, (values, order) in enumerate(zip(shown, orders)):
     for slot, response in enumerate(order):
       scores[0, j, response] = values[slot]
-  np.testing.assert_array_equal(voting.vote(scores, np.ones((1, 3), bool), np.ones((1, 2), bool)), [[20, 27]])
+  np.testing.assert_array_equal(
+      voting.vote(scores, np.ones((1, 3), bool), np.ones((1, 2), bool)), [[20, 27]]
+  )
 
 
 def test_paper_tie_is_wrong_in_training_and_half_in_evaluation():

@@ -37,7 +37,7 @@ def prefix(fill):
 @pytest.mark.parametrize('fill', [0, 7])
 def test_token_by_token_equals_all_at_once(case, fill):
   # Seen to fail: `held` left out of the write index; `length` grown by T instead of `lengths`; default positions
-  # started at 0; the causal term of the cached mask dropped.
+  # started at 0; the causal mask dropped.
   apply, params, want, model = case
   logits, cache = apply({'params': params}, prefix(fill), PREFIX, cache=model.init_cache(3, 12))
   for b in range(3):
@@ -67,6 +67,7 @@ def test_chunks_of_different_lengths(case):
 
 def test_given_positions_are_remembered(case):
   """Windows are cut by position, so the cache keeps the positions of its keys."""
+  # Seen to fail: the new positions not stored.
   apply, params, _, model = case
   positions = np.broadcast_to(np.arange(10, dtype=np.int32) * 2 + 3, (3, 10))
   want = np.asarray(apply({'params': params}, TOKENS, positions=positions))
@@ -98,7 +99,7 @@ REFS = (LayerRef('head', 0, None, CONFIG.head[0]), LayerRef('period', 1, 1, CONF
 @pytest.mark.parametrize('ref', REFS)
 @pytest.mark.parametrize('index', [2, [2, 0, 3]])
 def test_write_touches_one_layer_and_place(ref, index):
-  # Seen to fail: rows and places exchanged in the scatter; the period index left at 0.
+  # Seen to fail: the period index left at 0.
   if ref.i is not None:
     ref = dataclasses.replace(ref, i=jnp.asarray(ref.i))
   cache = kv_cache.init(CONFIG, batch=3, length=4)

@@ -93,8 +93,8 @@ def case():
 
 
 def test_logits_equal_the_numpy_decoder(case):
-  # Seen to fail: window `<` turned into `<=`; head and kv-head grouping swapped (h % M); scale hd**-0.5 dropped;
-  # q_norm after the rotation; period blocks run in reverse order; kept and stretched frequencies swapped.
+  # Seen to fail: window `<` turned into `<=`; head and kv-head grouping swapped (h % M); the scale dropped;
+  # periods run in reverse order.
   model, params, tokens = case
   logits = np.asarray(jax.jit(model.apply)({'params': params}, tokens))
   assert logits.shape == (2, 9, 13) and logits.dtype == np.float32
@@ -135,7 +135,7 @@ def test_the_mask_of_six_tokens():
     return (attention.dot_product(q, k, v, jnp.asarray(narrow[None], bool)) ** 2).sum()
 
   out = attention.dot_product(q, k, v, jnp.asarray(narrow[None], bool))
-  # Seen to fail: the second `where` dropped (a row without keys gives the mean of v).
+  # Seen to fail: the second `where` dropped (a row without keys gives the mean of v); `lengths` ignored.
   assert np.all(np.asarray(out)[0, 5] == 0) and np.all(np.isfinite(out))
   np.testing.assert_allclose(out[0, 4], v[0, 3], rtol=1e-6)
   assert all(np.all(np.isfinite(g)) for g in jax.grad(total, argnums=(0, 1, 2))(q, k, v))

@@ -86,7 +86,6 @@ def story(shared):
 
 
 def test_greedy_story_equals_the_published_one(story):
-  # Seen to fail: the rotary rows left interleaved; norm_eps 1e-2; the cache read one place short.
   model, params, pieces, folder = story
   assert model.num_params == 260_032
 
@@ -109,6 +108,7 @@ def test_greedy_story_equals_the_published_one(story):
 
 
 def test_loss_on_real_stories(story):
+  # Seen to fail: the rotary rows left interleaved.
   model, params, pieces, folder = story
   raw = (folder / 'tinystories_sample' / 'tinystories_sample.txt').read_text()
   rows = [encode(text.strip(), pieces) for text in raw.split('<|endoftext|>') if text.strip()]

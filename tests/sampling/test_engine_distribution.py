@@ -19,7 +19,7 @@ SETTINGS = {  # temperature, top_p, top_k, min_p
     'top_p': (1.0, 0.7, 0, 0.0),
     'min_p': (1.0, 1.0, 0, 0.3),
     'temperature': (0.5, 1.0, 0, 0.0),
-    'combined': (1.5, 0.85, 8, 0.1),
+    'combined': (1.5, 0.93, 9, 0.25),
 }
 SAMPLES = 2400
 

@@ -12,15 +12,35 @@ from spct_jax.stages import figures, report, results
 
 def _row(**changes):
   row = {
-      'stage': 'rft', 'benchmark': 'own', 'subset': 'all', 'n': 2, 'temperature': 0.5, 'k': 4, 'guided': False,
-      'accuracy': 0.625, 'stderr': 0.05, 'items': 8, 'parse_failure': 0.125, 'ties': 0.0625,
-      'low': 0.51, 'high': 0.73, 'order_flip': 0.25,
+    'stage': 'rft',
+    'benchmark': 'own',
+    'subset': 'all',
+    'n': 2,
+    'temperature': 0.5,
+    'k': 4,
+    'guided': False,
+    'accuracy': 0.625,
+    'stderr': 0.05,
+    'items': 8,
+    'parse_failure': 0.125,
+    'ties': 0.0625,
+    'low': 0.51,
+    'high': 0.73,
+    'order_flip': 0.25,
   }
   return row | changes
 
 
 def _extras(**changes):
-  values = dict(title='Judges on own', commit='abc123', config={'seed': 0}, baselines=(), skipped={}, figures={}, notes=())
+  values = dict(
+    title='Judges on own',
+    commit='abc123',
+    config={'seed': 0},
+    baselines=(),
+    skipped={},
+    figures={},
+    notes=(),
+  )
   return report.Extras(**(values | changes))
 
 
@@ -34,8 +54,9 @@ def _lines(text, start):
 
 
 @pytest.mark.parametrize('share, places, expected', [
-    # Seen to catch: f'{100 * share:.1f}' (half goes to even or below: 12.3, 62.5 -> '62.4'), str(round(...)).
-    (0.1235, 1, '12.4'), (0.0005, 1, '0.1'), (0.28500000000000003, 1, '28.5'), (0.28549999999999998, 1, '28.6'),
+    # Seen to catch: f'{100 * share:.1f}', halves to even, no 12 digits first, '-0.0'.
+    (0.1235, 1, '12.4'), (0.0005, 1, '0.1'), (0.3 - 0.0195, 1, '28.1'),  # 0.28049999999999997
+    (0.2855, 1, '28.6'),
     (218 / 350, 2, '62.29'), (218 / 350, 1, '62.3'), (1 / 3, 1, '33.3'), (2 / 3, 1, '66.7'),
     (0.0, 1, '0.0'), (-1e-9, 1, '0.0'), (1.0, 1, '100.0'), (1, 0, '100'), (0.99949, 1, '99.9'), (0.9995, 1, '100.0'),
     (np.float32(0.1235), 1, '12.4'), (None, 1, '–'), (math.nan, 1, '–'),
@@ -50,7 +71,11 @@ def test_percent_and_count_in_words():
 
 
 def test_results_are_flat_rows_that_read_back(tmp_path):
-  rows = [_row(), _row(guided='hard', k_meta=2), _row(k=1, temperature=0.0, accuracy=np.float32(0.5), auc=math.nan)]
+  rows = [
+    _row(),
+    _row(guided='hard', k_meta=2),
+    _row(k=1, temperature=0.0, accuracy=np.float32(0.5), auc=math.nan),
+  ]
   report.write_results(tmp_path / 'results.json', rows)
   found = json.loads((tmp_path / 'results.json').read_text())
   assert [row['guided'] for row in found] == [False, 'hard', False]
@@ -60,7 +85,6 @@ def test_results_are_flat_rows_that_read_back(tmp_path):
 
 
 @pytest.mark.parametrize('changes, message', [
-    # Seen to catch: leaving any of the checks out of `_REQUIRED`.
     ({'accuracy': 62.5}, 'accuracy is 62.5'), ({'guided': True}, 'guided is True'), ({'k': 0}, 'k is 0'),
     ({'k': True}, 'k is True'), ({'items': 2.5}, 'items is 2.5'), ({'stage': ''}, "stage is ''"),
     ({'ties': -0.1}, 'ties is -0.1'), ({'temperature': None}, 'temperature is None'), ({'order_flip': 1.5}, 'order_flip'),
@@ -83,25 +107,27 @@ def test_missing_fields_and_double_rows_are_named():
 def test_interval_is_the_rows_own_or_from_its_standard_error():
   assert results.interval(_row()) == (0.51, 0.73)
   low, high = results.interval(_row(low=None, high=None))
-  assert low == pytest.approx(0.625 - 1.96 * 0.05, abs=1e-4) and high == pytest.approx(0.625 + 1.96 * 0.05, abs=1e-4)
+  assert low == pytest.approx(0.625 - 1.96 * 0.05, abs=1e-4) and high == pytest.approx(
+    0.625 + 1.96 * 0.05, abs=1e-4
+  )
   assert results.interval(_row(accuracy=0.99, low=None))[1] == 1.0
   assert results.interval(_row(items=0)) is None
 
 
 def test_every_accuracy_has_its_interval_and_its_rates_beside_it(tmp_path):
-  # Seen to catch: dropping the ties column; taking the interval of another row; a '%' of the fraction itself.
+  # Seen to catch: parse failures and ties swapped; a headline vote not of the largest k.
   text = _report(tmp_path, [
-      _row(k=1, temperature=0.0, accuracy=0.5, low=0.4, high=0.6), _row(), _row(k=2, accuracy=0.6),
+      _row(k=1, temperature=0.0, accuracy=0.5, low=0.4, high=0.6), _row(k=2, accuracy=0.6), _row(),
       _row(guided='hard', accuracy=0.6875), _row(guided='soft', accuracy=0.65, order_flip=None),
   ])  # fmt: skip
   table = [line for line in _lines(text.split('## Accuracy by')[0], '|')]
   assert table == [
-      '| stage | judgement | accuracy, % | 95 % interval | parse failures, % | ties, % | order flips, % | items |',
-      '| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |',
-      '| rft | greedy | 50.0 | 40.0 to 60.0 | 12.5 | 6.3 | 25.0 | 8 |',
-      '| rft | vote of 4 | 62.5 | 51.0 to 73.0 | 12.5 | 6.3 | 25.0 | 8 |',
-      '| rft | vote of 4, guided | 68.8 | 51.0 to 73.0 | 12.5 | 6.3 | 25.0 | 8 |',
-      '| rft | vote of 4, guided softly | 65.0 | 51.0 to 73.0 | 12.5 | 6.3 | – | 8 |',
+    '| stage | judgement | accuracy, % | 95 % interval | parse failures, % | ties, % | order flips, % | items |',
+    '| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |',
+    '| rft | greedy | 50.0 | 40.0 to 60.0 | 12.5 | 6.3 | 25.0 | 8 |',
+    '| rft | vote of 4 | 62.5 | 51.0 to 73.0 | 12.5 | 6.3 | 25.0 | 8 |',
+    '| rft | vote of 4, guided | 68.8 | 51.0 to 73.0 | 12.5 | 6.3 | 25.0 | 8 |',
+    '| rft | vote of 4, guided softly | 65.0 | 51.0 to 73.0 | 12.5 | 6.3 | – | 8 |',
   ]
   assert 'Best: rft, vote of 4, guided: **68.8 %** [51.0, 73.0] of 8 items' in text
   assert 'sampled at temperature 0.5.' in text and '`abc123`' in text
@@ -113,8 +139,17 @@ def test_every_accuracy_has_its_interval_and_its_rates_beside_it(tmp_path):
 def test_baselines_stand_below_the_judges(tmp_path):
   names = ('longest', 'shortest', 'first', 'random')
   baselines = [
-      {'benchmark': 'own', 'subset': 'all', 'name': name, 'accuracy': 0.5, 'stderr': 0.1, 'items': 8, 'low': 0.3, 'high': 0.7}
-      for name in names
+    {
+      'benchmark': 'own',
+      'subset': 'all',
+      'name': name,
+      'accuracy': 0.5,
+      'stderr': 0.1,
+      'items': 8,
+      'low': 0.3,
+      'high': 0.7,
+    }
+    for name in names
   ]
   lines = _lines(_report(tmp_path, [_row()], baselines=baselines), '| baseline')
   assert [line.split('|')[2].strip() for line in lines] == list(names)
@@ -123,23 +158,36 @@ def test_baselines_stand_below_the_judges(tmp_path):
 
 def test_subsets_and_mixed_numbers_of_responses_have_their_own_table(tmp_path):
   # Seen to catch: 'Best' taken from a part instead of the whole.
-  rows = [_row(n=None), _row(n=1, accuracy=0.9), _row(n=4, accuracy=0.2), _row(subset='math|x', items=1)]
+  rows = [
+    _row(n=None),
+    _row(n=1, accuracy=0.9),
+    _row(n=4, accuracy=0.2),
+    _row(subset='math|x', items=1),
+  ]
   text = _report(tmp_path, rows)
   assert '**62.5 %**' in text
   whole, parts = text.split('## By part')
   assert len(_lines(whole, '| rft')) == 1
   assert _lines(parts, '| all | rft') == [
-      '| all | rft | vote of 4 | 1 | 90.0 | 51.0 to 73.0 | 12.5 | 6.3 | 25.0 | 8 |',
-      '| all | rft | vote of 4 | 4 | 20.0 | 51.0 to 73.0 | 12.5 | 6.3 | 25.0 | 8 |',
+    '| all | rft | vote of 4 | 1 | 90.0 | 51.0 to 73.0 | 12.5 | 6.3 | 25.0 | 8 |',
+    '| all | rft | vote of 4 | 4 | 20.0 | 51.0 to 73.0 | 12.5 | 6.3 | 25.0 | 8 |',
   ]
   assert len(_lines(parts, '| math\\|x | rft')) == 1
 
 
 def test_skipped_items_are_counted_and_named(tmp_path):
-  text = _report(tmp_path, [_row()], skipped={'tied gold': ['a:1'], 'over the limit': [f'f:{i}' for i in range(25)], 'none': []})
+  text = _report(
+    tmp_path,
+    [_row()],
+    skipped={'tied gold': ['a:1'], 'over the limit': [f'f:{i}' for i in range(25)], 'none': []},
+  )
   assert '26 items left out' in text
   assert '- tied gold: 1 item: a:1\n' in text
-  assert '- over the limit: 25 items: f:0, ' in text and 'f:19, and 5 more' in text and '- none' not in text
+  assert (
+    '- over the limit: 25 items: f:0, ' in text
+    and 'f:19, and 5 more' in text
+    and '- none' not in text
+  )
   assert len(json.loads((tmp_path / 'skipped.json').read_text())['over the limit']) == 25
   assert '## Skipped items\n\nNone.' in _report(tmp_path / '.', [_row()])
 
@@ -159,35 +207,60 @@ def test_several_temperatures_are_told_apart(tmp_path):
 
 
 def test_figures_are_linked_relative_to_the_report(tmp_path):
-  text = _report(tmp_path, [_row()], figures={'Accuracy': tmp_path / 'figures' / 'a.png'}, notes=['one', 'two'])
+  text = _report(
+    tmp_path, [_row()], figures={'Accuracy': tmp_path / 'figures' / 'a.png'}, notes=['one', 'two']
+  )
   assert '![Accuracy](figures/a.png)' in text and '- one\n- two' in text
 
 
 def test_figures_are_drawn_or_say_that_there_is_nothing(tmp_path):
   ks = [_row(k=k, guided=guided) for k in (1, 2, 4) for guided in (False, 'hard')]
-  chance = [{'benchmark': 'own', 'subset': 'all', 'name': 'random', 'accuracy': 0.5, 'stderr': 0.0, 'items': 8}]
-  metrics = [{'stage': 'grpo', 'step': i, 'reward': None if i == 0 else 0.1 * i, 'counts': [1, 2]} for i in range(4)]
+  chance = [
+    {
+      'benchmark': 'own',
+      'subset': 'all',
+      'name': 'random',
+      'accuracy': 0.5,
+      'stderr': 0.0,
+      'items': 8,
+    }
+  ]
+  metrics = [
+    {'stage': 'grpo', 'step': i, 'reward': None if i == 0 else 0.1 * i, 'counts': [1, 2]}
+    for i in range(4)
+  ]
   drawn = [
-      figures.accuracy_vs_k(tmp_path / 'a.png', ks, baselines=chance),
-      figures.accuracy_vs_k(tmp_path / 'zero.png', [_row(accuracy=0.0, low=0.0, high=0.0)], baselines=()),
-      figures.score_histogram(tmp_path / 'b.png', {'rft': {7: 3, 8: 1}, 'grpo': {}}),
-      figures.training_curves(tmp_path / 'c.png', metrics),
+    figures.accuracy_vs_k(tmp_path / 'a.png', ks, baselines=chance),
+    figures.accuracy_vs_k(
+      tmp_path / 'zero.png', [_row(accuracy=0.0, low=0.0, high=0.0)], baselines=()
+    ),
+    figures.score_histogram(tmp_path / 'b.png', {'rft': {7: 3, 8: 1}, 'grpo': {}}),
+    figures.training_curves(tmp_path / 'c.png', metrics),
   ]
   assert drawn == [True] * 4
   for name in ('a', 'zero', 'b', 'c'):
     assert (tmp_path / f'{name}.png').read_bytes().startswith(b'\x89PNG')
   assert not figures.accuracy_vs_k(tmp_path / 'd.png', [_row(temperature=0.0, k=1)], baselines=())
   assert not figures.score_histogram(tmp_path / 'd.png', {})
-  assert not figures.training_curves(tmp_path / 'd.png', [{'stage': 'grpo', 'step': 0, 'counts': [1]}])
+  assert not figures.training_curves(
+    tmp_path / 'd.png', [{'stage': 'grpo', 'step': 0, 'counts': [1]}]
+  )
   assert not (tmp_path / 'd.png').exists()
 
 
 def test_the_curves_show_the_rows(monkeypatch):
-  # Seen to catch: a curve through unsorted k; guided rows in the plain panel; a band from stderr where low, high are given.
+  # Seen to catch: a curve through unsorted k; guided rows in the plain panel; a band from stderr
+  # where low, high are given.
   import matplotlib.figure
+
   figure = matplotlib.figure.Figure()
   axes = figure.add_subplot()
-  rows = [_row(k=4, accuracy=0.7, low=0.6, high=0.8), _row(k=1, accuracy=0.5), _row(k=2, accuracy=0.6), _row(guided='hard')]
+  rows = [
+    _row(k=4, accuracy=0.7, low=0.6, high=0.8),
+    _row(k=1, accuracy=0.5),
+    _row(k=2, accuracy=0.6),
+    _row(guided='hard'),
+  ]
   figures._curves(axes, rows, False, ['rft'])
   (line,) = axes.get_lines()
   assert line.get_xdata().tolist() == [1, 2, 4]

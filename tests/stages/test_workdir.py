@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import pathlib
 import socket
 import subprocess
@@ -15,10 +16,17 @@ from spct_jax.stages import logbook, processes, workdir
 
 
 def _config(**changes):
-  config = ConfigDict({
-      'stage': 'sft', 'seed': 0, 'strict': False,
-      'grpo': {'kl_coef': 0.08, 'ks': (1, 2)}, 'mesh': {'data': -1}, 'logging': {'every': 1}, 'sharding': {'rules': (('a', (None, 'fsdp')),)},
-  })
+  config = ConfigDict(
+    {
+      'stage': 'sft',
+      'seed': 0,
+      'strict': False,
+      'grpo': {'kl_coef': 0.08, 'ks': (1, 2)},
+      'mesh': {'data': -1},
+      'logging': {'every': 1},
+      'sharding': {'rules': (('a', (None, 'fsdp')),)},
+    }
+  )
   for name, value in changes.items():
     with config.unlocked():
       config.update_from_flattened_dict({name.replace('__', '.'): value})
@@ -40,7 +48,7 @@ def test_first_use_writes_the_whole_config_and_reopening_accepts_it(tmp_path):
 
 
 def test_another_semantic_config_is_refused_with_every_field_and_both_values(tmp_path):
-  # Seen to catch: comparing only the first differing field; leaving 'absent' fields out of the comparison.
+  # Seen to catch: comparing only the fields that both have; keeping the lock after refusing.
   workdir.open_workdir(tmp_path, _config()).close()
   other = _config(grpo__kl_coef=0.02, seed=1)
   with other.unlocked():
@@ -65,7 +73,7 @@ def test_mesh_sharding_logging_stage_and_strict_may_differ(tmp_path):
 
 
 def test_two_runs_at_once_are_refused_and_the_lock_ends_with_its_holder(tmp_path):
-  # Seen to catch: flock without LOCK_NB is a hang, no flock at all a silent second run.
+  # Seen to catch: a shared lock instead of an exclusive one.
   with workdir.open_workdir(tmp_path, _config()):
     with pytest.raises(ValueError, match=r'in use by another run \(process \d+'):
       workdir.open_workdir(tmp_path, _config())
@@ -87,7 +95,8 @@ def test_a_config_that_json_cannot_hold_is_refused():
 
 
 def test_done_means_same_config_same_content_and_files_still_there(tmp_path):
-  # Seen to catch: hashing names instead of content; ignoring `writes`; dropping the config's digest.
+  # Seen to catch: hashing names instead of content; ignoring `writes`; dropping the config's
+  # digest.
   (tmp_path / 'in.jsonl').write_text('one')
   (tmp_path / 'out.jsonl').write_text('result')
   _done(tmp_path, writes=('out.jsonl',))
@@ -105,6 +114,13 @@ def test_done_means_same_config_same_content_and_files_still_there(tmp_path):
     assert not opened.is_done('sft', _config(), ('in.jsonl',))
   record = json.loads((tmp_path / 'sft' / 'DONE.json').read_text())
   assert {'fingerprint', 'commit', 'version', 'writes'} <= record.keys()
+
+
+def test_names_stand_for_carried_files_or_for_themselves(tmp_path):
+  with workdir.open_workdir(tmp_path, _config()) as opened:
+    inputs = opened.fingerprint(_config(), ('builtin:preferences', 'tfds:x:train'))['inputs']
+    assert len(inputs['builtin:preferences']) == 64 and inputs['tfds:x:train'] == 'by name'
+    assert opened.fingerprint(_config(), ('absent.jsonl',)) is None
 
 
 def test_a_folder_is_hashed_with_the_names_and_contents_of_its_files(tmp_path):
@@ -163,15 +179,21 @@ def test_withdraw_frees_a_workdir_on_which_nothing_was_done(tmp_path):
 
 
 def _rows(folder, stage, steps, *, after=None):
-  with workdir.open_workdir(folder, _config()) as opened, workdir.MetricsWriter(opened, stage, tensorboard=False) as writer:
+  with (
+    workdir.open_workdir(folder, _config()) as opened,
+    workdir.MetricsWriter(opened, stage, tensorboard=False) as writer,
+  ):
     if after is not None:
       writer.truncate(after)
     for step in steps:
-      writer.write(step, {'loss': np.float32(1 / (step + 1)), 'counts': np.arange(2)}, {'seconds': 0.5 * step})
+      writer.write(
+        step, {'loss': np.float32(1 / (step + 1)), 'counts': np.arange(2)}, {'seconds': 0.5 * step}
+      )
 
 
 def test_a_resumed_log_equals_the_uninterrupted_one_byte_for_byte(tmp_path):
-  # Seen to catch: `step < after_step`; dropping other stages' rows; not repairing the half-written line.
+  # Seen to catch: `step < after_step`; dropping other stages' rows; not repairing the half-written
+  # line.
   whole, killed = tmp_path / 'whole', tmp_path / 'killed'
   for folder in (whole, killed):
     _rows(folder, 'sft', range(3))
@@ -182,7 +204,9 @@ def test_a_resumed_log_equals_the_uninterrupted_one_byte_for_byte(tmp_path):
   _rows(killed, 'grpo', range(2, 6), after=1)
   assert (killed / 'metrics.jsonl').read_bytes() == (whole / 'metrics.jsonl').read_bytes()
   rows = workdir.read_rows(killed / 'metrics.jsonl')
-  assert [(row['stage'], row['step']) for row in rows] == [('sft', i) for i in range(3)] + [('grpo', i) for i in range(6)]
+  assert [(row['stage'], row['step']) for row in rows] == [('sft', i) for i in range(3)] + [
+    ('grpo', i) for i in range(6)
+  ]
   assert rows[-1]['counts'] == [0, 1] and isinstance(rows[-1]['step'], int)
   assert len(workdir.read_rows(killed / 'timing.jsonl')) == 9
 
@@ -211,7 +235,10 @@ def test_numbers_as_json_holds_them():
 
 
 def test_tensorboard_gets_the_scalars(tmp_path):
-  with workdir.open_workdir(tmp_path, _config()) as opened, workdir.MetricsWriter(opened, 'sft') as writer:
+  with (
+    workdir.open_workdir(tmp_path, _config()) as opened,
+    workdir.MetricsWriter(opened, 'sft') as writer,
+  ):
     writer.write(0, {'loss': 1.0, 'counts': [1, 2]}, {'seconds': 2.0})
   assert any(path.stat().st_size for path in (tmp_path / 'tensorboard' / 'sft').iterdir())
 
@@ -224,7 +251,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
   assert path.read_text() == 'old'
 
 
-_TWO = '''
+_TWO = """
 import sys
 import jax
 from spct_jax.stages import workdir
@@ -240,11 +267,11 @@ with workdir.MetricsWriter(opened, 'sft', tensorboard=False) as writer:
 opened.start('sft', {'seed': 0}, ())
 opened.mark_done('sft', {'seed': 0}, ())
 print('done:', opened.is_done('sft', {'seed': 0}, ()), 'locked:', opened.lock is not None)
-'''
+"""
 
 
 def test_two_processes_one_writes_and_both_hear_of_it(tmp_path):
-  # Seen to catch: writing rows in every process (two rows); raising in process 0 before the broadcast (a hang).
+  # Seen to catch: rows written by every process; process 0 raising before the broadcast.
   (tmp_path / 'two.py').write_text(_TWO)
   with socket.socket() as free:
     free.bind(('localhost', 0))
@@ -253,17 +280,28 @@ def test_two_processes_one_writes_and_both_hear_of_it(tmp_path):
   root = pathlib.Path(__file__).resolve().parents[2]
   run = [sys.executable, str(tmp_path / 'two.py')]
   two = [
-      subprocess.Popen([*run, str(rank), port, str(folder)], cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                       env=_environment(root))
-      for rank in range(2)
+    subprocess.Popen(
+      [*run, str(rank), port, str(folder)],
+      cwd=root,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+      env=_environment(root),
+    )
+    for rank in range(2)
   ]
   outputs = [process.communicate(timeout=120) for process in two]
   assert [process.returncode for process in two] == [0, 0], outputs
-  assert "refused: stage 'sft' reads absent" in outputs[0][0] and 'done: True locked: True' in outputs[0][0]
-  assert "refused: process 0 stopped at 'start sft'" in outputs[1][0] and 'done: True locked: False' in outputs[1][0]
+  assert (
+    "refused: stage 'sft' reads absent" in outputs[0][0]
+    and 'done: True locked: True' in outputs[0][0]
+  )
+  assert (
+    "refused: process 0 stopped at 'start sft'" in outputs[1][0]
+    and 'done: True locked: False' in outputs[1][0]
+  )
   assert len(workdir.read_rows(folder / 'metrics.jsonl')) == 1
 
 
 def _environment(root):
-  import os
   return {**os.environ, 'PYTHONPATH': str(root), 'JAX_PLATFORMS': 'cpu'}

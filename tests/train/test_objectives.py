@@ -24,12 +24,17 @@ def _batch(seed=0, rows=4, **kwargs):
   return tiny.learner_batch(num_rows=rows, real_rows=rows, seed=seed, **kwargs)
 
 
+@jax.jit
+def _logits(params, tokens):
+  return MODEL.apply({'params': params}, tokens)
+
+
 def _numpy_scores(batch, temperature):
-  """Row by row, without padding: softmax of the model's logits over the row alone."""
+  """Row by row: softmax of the logits of the row alone, without the lengths that the objectives pass."""
   logp, entropy = np.zeros(batch['tokens'].shape), np.zeros(batch['tokens'].shape)
   for q, n in enumerate(batch['lengths']):
     row = batch['tokens'][q, :n]
-    logits = np.asarray(MODEL.apply({'params': _params('lm')}, row[None])[0], np.float64) / temperature
+    logits = np.asarray(_logits(_params('lm'), batch['tokens'][q : q + 1])[0], np.float64) / temperature
     probs = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     for t in range(n - 1):
       logp[q, t] = np.log(probs[t, row[t + 1]])
@@ -38,7 +43,7 @@ def _numpy_scores(batch, temperature):
 
 
 # Mutations seen: target t instead of t + 1; no division by the temperature; entropy of unnormalised logits.
-@pytest.mark.parametrize('temperature, chunk', [(1.0, 0), (0.5, 0), (0.5, 4), (2.0, 5)])
+@pytest.mark.parametrize('temperature, chunk', [(1.0, 0), (0.5, 4), (2.0, 5)])
 def test_token_scores_are_the_softmax_of_numpy(temperature, chunk):
   batch = _batch()
   logp, entropy = jax.jit(
@@ -74,7 +79,7 @@ def test_chunks_change_no_gradient():
 
 def test_sft_loss_is_minus_the_completion_logp():
   batch = _batch()
-  total, count, aux = objectives.sft_objective(MODEL)(_params('lm'), batch)
+  total, count, aux = jax.jit(objectives.sft_objective(MODEL))(_params('lm'), batch)
   expected, _ = _numpy_scores(batch, 1.0)
   np.testing.assert_allclose(total, -expected[batch['token_mask']].sum(), rtol=1e-5)
   assert count == batch['token_mask'].sum() and not aux
@@ -83,7 +88,7 @@ def test_sft_loss_is_minus_the_completion_logp():
 # Mutations seen: ratio against ref_logp; gap against old_logp instead of the sampler's.
 def test_grpo_by_numpy():
   batch = _batch()
-  total, count, aux = objectives.grpo_objective(MODEL, 0.2, 0.3, 0.8)(_params('lm'), batch)
+  total, count, aux = jax.jit(objectives.grpo_objective(MODEL, 0.2, 0.3, 0.8))(_params('lm'), batch)
   logp, entropy = _numpy_scores(batch, 0.8)
   mask = batch['token_mask']
   expected = 0.0
@@ -106,7 +111,7 @@ def test_grpo_by_numpy():
 def test_meta_rm_by_numpy():
   batch = _batch()
   batch['row_mask'] = np.array([True, True, False, True])
-  total, count, aux = objectives.meta_rm_objective(SCALAR)(_params('scalar'), batch)
+  total, count, aux = jax.jit(objectives.meta_rm_objective(SCALAR))(_params('scalar'), batch)
   logit = np.asarray(objectives.meta_logit(SCALAR, sharding.make_mesh({}))(_params('scalar'), batch), np.float64)
   sign = np.where(batch['target'], 1, -1)
   np.testing.assert_allclose(total, np.log1p(np.exp(-sign * logit))[batch['row_mask']].sum(), rtol=1e-5)
@@ -134,9 +139,7 @@ def test_padding_rows_and_padding_tokens_add_nothing(name):
     wide = {k: np.pad(v, ((0, 0), (0, 8)), constant_values=17 if k == 'tokens' else 0) if v.ndim == 2 else v
             for k, v in padded.items()}
     padded = wide
-  grad = jax.jit(jax.value_and_grad(lambda params, batch: loss_fn(params, batch)[0]))
-  count = [loss_fn(_params(kind), batch)[1] for batch in (full, padded)]
-  assert count[0] == count[1]
+  grad = jax.jit(jax.value_and_grad(lambda params, batch: loss_fn(params, batch)[:2], has_aux=True))
   for a, b in zip(*(jax.tree.leaves(grad(_params(kind), batch)) for batch in (full, padded))):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
@@ -148,9 +151,11 @@ def test_an_all_masked_batch_has_finite_zero_gradients(name):
   batch['token_mask'] = np.zeros_like(batch['token_mask'])
   batch['row_mask'] = np.zeros_like(batch['row_mask'])
   batch['sampler_logp'] = np.full_like(batch['sampler_logp'], np.nan)
-  (total, (count, aux)), grads = jax.value_and_grad(
-      lambda params: (lambda t, c, a: (t, (c, a)))(*loss_fn(params, batch)), has_aux=True
-  )(_params(kind))
+  def split(params):
+    total, count, aux = loss_fn(params, batch)
+    return total, (count, aux)
+
+  (total, (count, aux)), grads = jax.jit(jax.value_and_grad(split, has_aux=True))(_params(kind))
   assert total == 0 and count == 0
   assert all(np.all(np.asarray(g) == 0) for g in jax.tree.leaves(grads))
   assert all(np.isfinite(total) for total, _ in aux.values())
@@ -166,7 +171,8 @@ def test_learner_scores_what_a_sampler_would_record():
   """The frame, end to end: the log-probability of each sampled token, drawn step by step from the model."""
   rng, prompt, completion, recorded = np.random.default_rng(3), [5, 7, 9], [], []
   for _ in range(4):
-    logits = MODEL.apply({'params': _params('lm')}, np.array([prompt + completion]))[0, -1] / 0.6
+    so_far = prompt + completion
+    logits = _logits(_params('lm'), np.array([so_far + [0] * (16 - len(so_far))]))[0, len(so_far) - 1] / 0.6
     logp = np.asarray(jax.nn.log_softmax(logits))
     token = int(rng.choice(61, p=np.exp(logp) / np.exp(logp).sum()))
     recorded.append(float(logp[token]))

@@ -74,7 +74,9 @@ def test_adamw_by_numpy():
   params, all_grads = _tree(rng), [_tree(rng) for _ in range(3)]
   ours = _run(optim.make_optimizer(tiny.optim_settings()).transform, params, all_grads)
   names = {'kernel': 0.1, 'table': 0.1, 'bias': 0.0, 'scale': 0.0}
-  flat = lambda tree: jax.tree_util.tree_flatten_with_path(tree)[0]
+  def flat(tree):
+    return jax.tree_util.tree_flatten_with_path(tree)[0]
+
   expected = [value.astype(np.float64) for _, value in flat(params)]
   mu, nu = [np.zeros_like(v) for v in expected], [np.zeros_like(v) for v in expected]
   for t, grads in enumerate(all_grads, 1):

@@ -139,6 +139,9 @@ def _run(settings: flags.FlagValues) -> None:
     jax.distributed.initialize()
   elif settings.coordinator is not None:
     jax.distributed.initialize(settings.coordinator, settings.num_processes, settings.process_id)
+  if not os.environ.get('JAX_COMPILATION_CACHE_DIR'):
+    # A run that is started again need not compile again.
+    jax.config.update('jax_compilation_cache_dir', os.path.join(settings.workdir, 'xla_cache'))
   for number in (signal.SIGTERM, signal.SIGINT):  # jax.distributed takes SIGTERM for itself
     signal.signal(number, _stop)
 

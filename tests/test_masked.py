@@ -1,9 +1,8 @@
 """Masked statistics against plain loops, and their gradients under every mask.
 
-Mutations seen to fail here: `_shown` multiplying by a mask of numbers (by one of bools,
-the compiler makes it a selection again); `var` without
-the second mask on the centred values; `std` without the inner `where`; `max` filled with 0 instead
-of the least value.
+Mutations seen to fail here: `_shown` multiplying by a mask of numbers (by one of bools the compiler
+makes it a selection again); `var` without the second mask on the centred values; `std` without the
+inner `where`; `max` filled with 0 instead of the least value.
 """
 
 import itertools

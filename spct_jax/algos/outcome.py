@@ -42,7 +42,6 @@ def correct(
       (jnp.arange(responses)[None] == label[:, None]) & response_mask,
   )
   gold_BK1 = jnp.sum(jnp.where(is_gold_BN[:, None], scores, 0), axis=2, keepdims=True)
-  # Compared one by one, never with a maximum over a filled array: a fill could equal a score.
   beaten_BKN = gold_BK1 > scores
   wins_BK = jnp.all(beaten_BKN | (is_gold_BN | ~response_mask)[:, None], axis=2)
   equals_BK = gold_BK1[..., 0] == label[:, None]

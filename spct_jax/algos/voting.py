@@ -35,7 +35,7 @@ def vote(
   def add_sample(j, totals_BN):
     weight_B1 = jax.lax.dynamic_index_in_dim(weights_BK, j, axis=1)
     score_BN = jax.lax.dynamic_index_in_dim(scores, j, axis=1, keepdims=False).astype(jnp.float32)
-    return totals_BN + jnp.where((weight_B1 > 0) & response_mask, score_BN, 0.0) * weight_B1
+    return totals_BN + jnp.where(weight_B1 > 0, score_BN, 0.0) * weight_B1
 
   # On a CPU the sum over the middle axis of [B, K, N] is ten times slower than these K additions.
   samples = scores.shape[1]

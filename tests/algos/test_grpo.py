@@ -1,9 +1,9 @@
 """Rewards, advantages, k3 and the GRPO loss: against loops, against torch, and under every mask.
 
-Mutations seen to fail here: sample instead of population std; `max == min` test dropped (rewards of
-0.1); token-level instead of per-sequence mean; `max` for `min` in the surrogate; sign of the KL;
-the log-ratio left unclipped; `_shown` removed; k3 in its closed form only; the clip applied to one
-side; k1 for k3.
+Mutations seen to fail here: sample instead of population std; zeros of groups without signal
+dropped (rewards of 0.1); per-sequence sum instead of mean; `max` for `min` in the surrogate; sign
+of the KL; its direction; the log-ratio left uncut; `_shown` removed; k3 in its closed form only;
+the clip applied to one side; `old_logp` with a gradient.
 """
 
 import itertools

@@ -1,9 +1,9 @@
 """Accuracy at k with its interval, rates and baselines, against loops in exact arithmetic.
 
-Mutations seen to fail here: the remainder kept as a block; meta ranks over the pool instead of the
-block; ddof 0; blocks counted as items in the standard error; items that did not parse left out;
-ties half in `roc_auc` dropped; -1 padding of the order taken for a slot; same-order pairs counted
-as flips.
+Mutations seen to fail here: all samples of a block voting under guidance; ddof 0; blocks counted as
+items in the standard error; items that did not parse left out; ties half in `roc_auc` dropped; a
+score of +inf counting the rows that are no negatives; single responses counted by slot; pairs of
+one order counted as flips.
 """
 
 import fractions

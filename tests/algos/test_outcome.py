@@ -1,7 +1,7 @@
 """Eq 10 against a loop written from the paper, and cases counted by hand.
 
 Mutations seen to fail here: `>` to `>=`; dropping `valid`; dropping the response mask; using the
-index rule for n == 1; a maximum over a fill value instead of comparisons.
+index rule for n == 1.
 """
 
 import jax
@@ -71,7 +71,6 @@ def test_by_hand(scores, label, right, dtype):
 
 
 def test_the_least_integer_still_loses():
-  # A maximum over a fill of -128 would see a tie here.
   assert one(np.array([-127, -128], np.int8), 0) is True
   assert one(np.array([-128, -128], np.int8), 0) is False
 

@@ -1,8 +1,8 @@
 """Eq 14, the credit of a vote and the drawn winner, against loops in exact arithmetic.
 
-Mutations seen to fail here: mean for sum; the response mask dropped; weight 0 times NaN; a tie
-credited whole; a tie without the gold credited; the n == 1 threshold at >=; `voted` ignored; the
-draw taking the first of the tied.
+Mutations seen to fail here: mean for sum; the response mask dropped; scores counted where the
+weight is 0; a tie credited whole; a tie without the gold credited; the n == 1 threshold at >=;
+`voted` ignored; the draw taking the first of the tied.
 """
 
 import fractions

@@ -45,7 +45,7 @@ def theirs(transformers, torch, name):
 
 @pytest.mark.parametrize('name', CASES)
 def test_in_and_out_of_transformers(name, tmp_path):
-  # Seen to fail: o_proj read with one input axis; the layers of a two-block period exchanged; tied flag lost.
+  # Seen to fail: o_proj read with one input axis.
   torch, transformers = pytest.importorskip('torch'), pytest.importorskip('transformers')
   reference = theirs(transformers, torch, name)
   tokens = torch.tensor(np.maximum(TOKENS, 1) if name == 'scalar' else TOKENS, dtype=torch.long)
@@ -80,6 +80,7 @@ def parameters(config):
 
 def test_layouts_and_vocabulary_padding_stay_out_of_the_file(tmp_path, monkeypatch):
   """Head, two-block period, remainder and padded rows, over several files: the same function of tokens."""
+  # Seen to fail: the layers of a two-block period numbered without the period's length.
   monkeypatch.setattr(hf, 'SHARD_BYTES', 8000)
   params = parameters(CONFIG)
   hf.save(tmp_path, Transformer(CONFIG), params)
@@ -179,6 +180,7 @@ def test_damaged_folders_are_named(folder):
 
 
 def test_tied_files_may_repeat_the_table(tmp_path):
+  # Seen to fail: the tied flag of the file ignored.
   config = dataclasses.replace(CONFIG, tied=True)
   params = parameters(config)
   hf.save(tmp_path, Transformer(config), params)

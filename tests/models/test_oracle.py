@@ -94,7 +94,7 @@ def case():
 
 def test_logits_equal_the_numpy_decoder(case):
   # Seen to fail: window `<` turned into `<=`; head and kv-head grouping swapped (h % M); the scale dropped;
-  # periods run in reverse order.
+  # periods run in reverse order; q and k normed after the rotation; kept and stretched waves exchanged.
   model, params, tokens = case
   logits = np.asarray(jax.jit(model.apply)({'params': params}, tokens))
   assert logits.shape == (2, 9, 13) and logits.dtype == np.float32

@@ -27,7 +27,7 @@ def case():
 
 
 def test_reward_of_the_last_real_token(case):
-  # Seen to fail: index `lengths` instead of `lengths - 1`.
+  # Seen to fail: index `lengths` instead of `lengths - 1`; the final norm left out.
   model, params = case
   rewards = np.asarray(jax.jit(model.apply)({'params': params}, TOKENS, LENGTHS))
   assert rewards.shape == (3,) and rewards.dtype == np.float32 and np.all(np.isfinite(rewards))

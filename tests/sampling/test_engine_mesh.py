@@ -1,12 +1,11 @@
 """The engine on a mesh: same results as one device, caches spread over all of it."""
 
-import math
-
 import jax
 import numpy as np
 import pytest
 
 from spct_jax import sharding
+from spct_jax.sampling import engine as engine_module
 from spct_jax.sampling import loop
 from spct_jax.testing import tiny
 
@@ -28,21 +27,23 @@ def test_eight_devices_give_the_tokens_of_one(full, shape):
   np.testing.assert_allclose(many.logp, full.rollouts.logp, atol=1e-4)
 
 
-# Seen to fail when the constraint on the caches is dropped from the prefill (heads come back whole).
+# With replicated parameters nothing but the engine's own constraints can spread the caches.
+# Seen to fail when those constraints are dropped (the heads come back whole).
 def test_caches_are_spread_over_the_whole_mesh(rig):
-  mesh, params = on_mesh(rig, dict(data=2, fsdp=2, tensor=2))
+  mesh = sharding.make_mesh(dict(data=2, fsdp=2, tensor=2))
   engine = rig.engine(rig.model, rows=8, mesh=mesh)
-  for name, tree in engine.cache_shardings(5, 16).items():
-    batch, length = {'prompt': (8, 16), 'rows': (8, 6)}[name]
-    shape = {3: (batch, length, 2, 8), 4: (2, batch, length, 2, 8)}
-    for path, where in sharding.leaf_paths(tree):
-      whole = shape[4 if 'period' in path else 3]
-      assert math.prod(where.shard_shape(whole)) * 8 == math.prod(whole), path
-  rows = jax.NamedSharding(mesh, jax.P(sharding.DATA_AXES))
-  tokens = jax.device_put(np.zeros((4, 2, 16), np.int32), rows)
-  slots = loop.prefill(engine._settings, params, tokens, jax.device_put(np.full((4, 2), 9, np.int32), rows))
-  for (path, leaf), where in zip(sharding.leaf_paths(slots.cache), jax.tree.leaves(engine.cache_shardings(5, 16)['prompt'])):
-    assert leaf.sharding.is_equivalent_to(where, leaf.ndim), path
+  params = jax.device_put(rig.params, sharding.replicated(mesh))
+  _, *host = engine_module._deal(rig.prompts, rig.tasks, engine._settings.groups)
+  tokens, length, queue = sharding.to_device(host, sharding.batch_rows(mesh))
+  slots = loop.prefill(engine._settings, params, tokens, length)
+  state = loop.start(engine._settings, 2, slots, queue)
+  root = np.zeros(2, np.uint32)
+  state, _ = loop.advance(engine._settings, params, root, slots, queue, state, np.int32(2))
+  promised = engine.cache_shardings(5, 8)
+  for name, cache in {'prompt': slots.cache, 'rows': state.ring}.items():
+    for (path, leaf), where in zip(sharding.leaf_paths(cache), jax.tree.leaves(promised[name]), strict=True):
+      assert leaf.sharding.is_equivalent_to(where, leaf.ndim), (name, path)
+      assert leaf.addressable_shards[0].data.size * 8 == leaf.size, (name, path)
 
 
 def test_heads_that_the_mesh_cannot_split_are_refused(rig):

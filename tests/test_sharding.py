@@ -92,6 +92,7 @@ def test_batch_rows_split_over_both_data_axes():
   assert sharding.data_ways(mesh) == 4
 
 
+# Mutation seen: every shard filled with the first rows.
 def test_there_and_back():
   mesh = _mesh(2, 2, 2)
   host = {

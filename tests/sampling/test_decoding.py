@@ -37,8 +37,8 @@ def random_logits(rows, vocabulary, seed=0, scale=2.0):
   return (np.random.default_rng(seed).normal(size=(rows, vocabulary)) * scale).astype(np.float32)
 
 
-# Seen to fail when `_bisect` returns the next integer up, when top_k counts `>=` instead of `>`, and when
-# the mass wanted by top_p is taken of the full row instead of the survivors of top_k.
+# Seen to fail when `_bisect` returns the next integer up, when a tie is cut, when top_k counts `>=` instead
+# of `>`, and when the mass wanted by top_p is of the full row instead of the survivors of top_k.
 @pytest.mark.parametrize('vocabulary', [5, 300, 1031])
 def test_support_equals_sorted_oracle_with_mixed_rows(oracle, vocabulary):
   settings = list(SETTINGS.values()) + [(0.3, 0.99, 3, 0.3), (1.0, 0.01, 0, 0.0), (2.0, 1.0, 1, 0.0)]
@@ -88,6 +88,7 @@ def test_extreme_uniforms_never_draw_a_token_without_weight(oracle, uniform):
   assert np.isfinite(np.asarray(logp)).all()
 
 
+# Seen to fail when the last, partial block is left out, and when the place inside a block ignores the rest.
 def test_the_draw_inverts_the_cumulative_distribution(oracle):
   """A grid of uniforms hits every token as often as its share of the grid."""
   logits = np.tile(random_logits(1, 600, seed=3, scale=1.0), (20000, 1))

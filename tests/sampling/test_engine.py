@@ -29,9 +29,9 @@ def mixed(rig):
   return tasks, rig.engine(rig.model, rows=3).generate(rig.params, rig.prompts, tasks)
 
 
-# Seen to fail when the ring mask is `age < since`, when it ignores `began` (age <= clock), when the ring has
-# T - 1 positions, when positions start at the prompt's length, when the prompt mask is off by one, and when
-# windows are not applied across prompt and ring.
+# Seen to fail (the log-probabilities below too) when the ring mask is `age < since`, when it ignores `began`,
+# when the ring wraps one position early, when positions start at the prompt's length, when the prompt mask is
+# off by one, when windows are ignored, and when they are one token too wide.
 def test_greedy_tokens_are_the_uncached_argmax(full):
   greedy = full.tasks.temperature == 0
   want = full.learner_logits(full.rollouts, full.prompts, full.tasks).argmax(-1)
@@ -80,7 +80,7 @@ def test_sample_visit_stage_and_seed_draw_anew_and_the_same_name_the_same(rig, m
   assert_same(engine.generate(rig.params, rig.prompts, tasks), got)
 
 
-# Seen to fail when only the first end-of-sequence id counts and when that token is left out of the mask.
+# Seen to fail when only the first end-of-sequence id counts, and when that token is left out of the mask.
 def test_a_task_ends_with_its_first_end_of_sequence_id(rig, mixed):
   tasks, got = mixed
   endless = rig.engine(rig.model, rows=3, eos_ids=()).generate(rig.params, rig.prompts, tasks)
@@ -172,6 +172,7 @@ def test_bad_prompts_are_refused(rig, field, value, message):
 
 
 def test_bad_settings_are_refused(rig):
-  for change, message in (({'rows': 0}, 'rows'), ({'T': 0}, 'max_new_tokens'), ({'eos_ids': (61,)}, 'eos'), ({'seed': -1}, 'seed')):
+  changes = {'rows': {'rows': 0}, 'max_new_tokens': {'T': 0}, 'eos': {'eos_ids': (61,)}, 'seed': {'seed': -1}}
+  for message, change in changes.items():
     with pytest.raises(ValueError, match=message):
       rig.engine(rig.model, **{'rows': 3, **change})

@@ -62,9 +62,9 @@ def small(rig, oracle):
   return got, tasks, joint
 
 
-# Seen to fail for top_k, top_p and min_p alike when the threshold keeps one token more or one less, when
-# a row takes the settings of the row above it, when uniforms are keyed without the token index, without
-# the sample, or by the row, and when `min_p` is applied to the untempered probabilities.
+# Seen to fail when a threshold of top_k or top_p is one token off, when a row takes the settings of the row
+# above it, when uniforms are keyed by the row, without the token index or without the sample, and when
+# `min_p` is applied to the untempered probabilities ('combined').
 @pytest.mark.parametrize('prompt', [0, 1])
 @pytest.mark.parametrize('name', SETTINGS)
 def test_tokens_follow_the_truncated_distribution(small, name, prompt):
@@ -79,7 +79,12 @@ def test_tokens_follow_the_truncated_distribution(small, name, prompt):
   assert chi_square(counts[p > 0], p[p > 0] * counts.sum()) > 1e-4
 
 
-LARGE = {'none': (1.0, 1.0, 0, 0.0), 'top_k': (0.7, 1.0, 40, 0.0), 'top_p': (0.25, 0.6, 0, 0.0), 'min_p': (0.3, 1.0, 0, 0.1)}
+LARGE = {
+    'none': (1.0, 1.0, 0, 0.0),
+    'top_k': (0.7, 1.0, 40, 0.0),
+    'top_p': (0.25, 0.6, 0, 0.0),
+    'min_p': (0.3, 1.0, 0, 0.1),
+}
 
 
 @pytest.fixture(scope='module')
@@ -95,8 +100,7 @@ def large(rig):
   return got, logits
 
 
-# Seen to fail for top_k and top_p when the bisection stops four bits early, and for all when the draw
-# leaves out the last, partial block of the vocabulary or lets the block's remainder restart at zero.
+# Seen to fail when the place inside a block ignores what is left of the uniform.
 @pytest.mark.parametrize('name', LARGE)
 def test_a_vocabulary_over_32k(large, oracle, name):
   got, logits = large

@@ -33,6 +33,7 @@ def test_full_row_and_empty_completion():
   np.testing.assert_array_equal(batch['lengths'], [6, 2])
 
 
+# Mutation seen: row_mask True for padding rows.
 def test_padding_rows_and_columns():
   row = batches.Row('one', (A,), (X,))
   batch = _pad([row, row], num_rows=4, columns={'advantage': np.array([1.5, -0.5], np.float32)})

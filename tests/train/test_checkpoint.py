@@ -57,7 +57,7 @@ def _assert_same_bits(ours, theirs):
     assert a.dtype == b.dtype and a.tobytes() == b.tobytes(), path
 
 
-# Mutations seen: optimizer state born anew on restore; step restored as 0; float16 on the way.
+# Mutations seen: the optimizer state born anew on restore; `step` restored as 0.
 def test_resumed_is_uninterrupted(tmp_path):
   mesh, shardings, step = _setup((2, 2, 1))
   state = _new(shardings)
@@ -76,6 +76,7 @@ def test_resumed_is_uninterrupted(tmp_path):
   assert step._cache_size() == 1  # and restoring costs no second compilation
 
 
+# Mutation seen: float16 on the way.
 @pytest.mark.parametrize('sizes', [(1, 8, 1), (2, 2, 2), (1, 1, 1)])
 def test_restored_onto_another_mesh(tmp_path, sizes):
   mesh, shardings, step = _setup((2, 2, 1))
@@ -103,6 +104,7 @@ def test_the_newest_are_kept_and_a_save_is_not_overwritten(tmp_path):
       checkpoints.restore(_abstract(), shardings, step=1)
 
 
+# Mutation seen: the newest folder by name taken for the newest checkpoint.
 def test_a_killed_save_is_ignored(tmp_path):
   _, shardings, _ = _setup((1, 2, 1))
   state = _new(shardings)

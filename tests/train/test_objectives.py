@@ -58,6 +58,7 @@ def test_token_scores_are_the_softmax_of_numpy(temperature, chunk):
   assert np.all(np.asarray(logp)[:, -1] == 0)
 
 
+# Mutation seen: a division by temperature 0.
 def test_temperature_zero_is_scored_at_one():
   batch, mesh = _batch(), sharding.make_mesh({'data': 4})
   logp = objectives.token_logp(MODEL, mesh)
@@ -77,6 +78,7 @@ def test_chunks_change_no_gradient():
     np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-5)
 
 
+# Mutation seen: the loss over prompts too.
 def test_sft_loss_is_minus_the_completion_logp():
   batch = _batch()
   total, count, aux = jax.jit(objectives.sft_objective(MODEL))(_params('lm'), batch)
@@ -85,7 +87,7 @@ def test_sft_loss_is_minus_the_completion_logp():
   assert count == batch['token_mask'].sum() and not aux
 
 
-# Mutations seen: ratio against ref_logp; gap against old_logp instead of the sampler's.
+# Mutations seen: old_logp and ref_logp exchanged; gap against old_logp instead of the sampler's.
 def test_grpo_by_numpy():
   batch = _batch()
   total, count, aux = jax.jit(objectives.grpo_objective(MODEL, 0.2, 0.3, 0.8))(_params('lm'), batch)
@@ -127,7 +129,7 @@ def _objectives():
   }
 
 
-# Mutation seen: the batch's padding rows given row_mask True.
+# Mutation seen: the objective of the meta-RM without its row_mask.
 @pytest.mark.parametrize('name', ['sft', 'grpo', 'meta_rm'])
 def test_padding_rows_and_padding_tokens_add_nothing(name):
   loss_fn, kind = _objectives()[name]

@@ -68,7 +68,7 @@ def test_adamw_is_optax_adamw():
     np.testing.assert_allclose(a, b, rtol=1e-6)
 
 
-# Mutations seen: b1 and b2 exchanged; decay on every leaf; clipping left out; clip after Adam.
+# Mutations seen: b1 and b2 exchanged; decay on every leaf; clipping left out.
 def test_adamw_by_numpy():
   rng = np.random.default_rng(1)
   params, all_grads = _tree(rng), [_tree(rng) for _ in range(3)]

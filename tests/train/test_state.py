@@ -36,7 +36,7 @@ def _bytes(shape, dtype):
   return math.prod(shape) * np.dtype(dtype).itemsize
 
 
-# Mutations seen: TODO
+# Mutations seen: the rule of the down kernels, of the table, or of the optimizer's moments set to ().
 @pytest.mark.parametrize('kind', ['lm', 'scalar'])
 @pytest.mark.parametrize('sizes', [(2, 2, 2), (1, 8, 1)])
 def test_no_large_leaf_is_whole_on_a_device(kind, sizes):
@@ -50,6 +50,7 @@ def test_no_large_leaf_is_whole_on_a_device(kind, sizes):
   assert sharding.bytes_per_device(abstract, shardings) < 1.3 * total / (sizes[1] * sizes[2])
 
 
+# Mutation seen: no out_shardings.
 def test_state_is_born_where_its_shardings_say():
   mesh, model = _mesh(2, 2, 2), Transformer(tiny.model_config())
   shardings = states.state_shardings(model, OPTIMIZER, tiny.RULES, mesh)
@@ -68,6 +69,7 @@ def test_a_whole_leaf_would_be_seen():
   assert found and all('opt_state' in path and 'down/kernel' in path for path in found)
 
 
+# Mutation seen: the cache's rule set to ().
 def test_no_large_cache_leaf_is_whole_on_a_device():
   mesh, config = _mesh(2, 2, 2), tiny.model_config()
   def make():

@@ -76,7 +76,6 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
   config.judge = ConfigDict()
   config.judge.template = 'short'  # folder of prompt templates: short, grm (the released models' interface), or a path
-  config.judge.single = 'binary'  # one response is judged 0/1 (paper 4.2) or on the 1..10 'scale'
   config.judge.given_principles = False  # put an item's own principles into the prompt (Eq 8)
   config.judge.reference_answer = False  # put an item's reference answer into the prompt
   config.judge.buckets = (256, 512) if smoke else (256, 512, 1024)  # prompt lengths in tokens; the last is the limit
@@ -111,6 +110,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.grpo.eps = 1e-6  # a batch without signal has a gradient of float noise, which a smaller eps would blow up to lr
   config.grpo.init = 'rft'  # the policy's start and the frozen reference
   config.grpo.buckets = (544,) if smoke else (512, 1152)
+  config.grpo.drop_too_easy = True  # leave out items that all plain samples of the sample stage get right (paper 2.5)
   config.grpo.group = 4  # G, samples per prompt; grpo.batch counts prompts
   config.grpo.clip_eps = 0.2  # eps of the clipped surrogate
   config.grpo.kl_coef = 0.08  # beta (paper: 0.08 for 27B, 0.002 for 16B)
@@ -147,7 +147,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.evaluate.top_p = 1.0
   config.evaluate.top_k = 0
   config.evaluate.min_p = 0.0
-  config.evaluate.single = 'scale'  # one response: the 1..10 scale at test time (paper 4.2), or 'binary'
+  config.evaluate.single = 'scale'  # one response: the 1..10 scale at test time, or 'binary' as in training (paper 4.2)
   config.evaluate.meta = 'meta_rm'  # the stage whose meta-RM guides votes; empty: plain votes only
   config.evaluate.meta_batch = 16  # trajectories per call of the meta-RM
 
@@ -158,6 +158,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
   config.sharding = ConfigDict()
   config.sharding.rules = _rules()  # (regex on the parameter's path, axes per dimension); the first match wins
+  config.sharding.sampler_rules = _sampler_rules()  # the same for the sampler's view of the parameters
   config.sharding.cache_rules = _cache_rules()  # the same for the sampler's caches, [rows, positions, M, hd]
 
   config.logging = ConfigDict()
@@ -198,6 +199,12 @@ def _rules() -> tuple:
       (r'reward/kernel$', ('fsdp', None)),  # [D, 1]
       (r'(scale|reward/bias)$', (None,)),  # norms
   )
+
+
+def _sampler_rules() -> tuple:
+  """Tensor-parallel only: decoding would gather what is cut over fsdp at every token."""
+  keep = lambda axis: axis if axis == 'tensor' else None
+  return tuple((pattern, tuple(map(keep, spec))) for pattern, spec in _rules())
 
 
 def _cache_rules() -> tuple:

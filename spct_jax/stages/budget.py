@@ -30,10 +30,17 @@ def rows(config: Any, mesh: Any, stage: str, decoder: Any) -> list[plan.Row]:
     layout = sharding.tree_shardings(params, rules, mesh)
     if stage == 'grpo':
       out.append(plan.row('frozen reference', params, layout))
+    elif stage not in LEARNERS:
+      out.append(plan.row('parameters', params, layout))
     cast = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, config.model.sampler_dtype), params)
-    if stage != 'grpo' or config.model.sampler_dtype != config.model.param_dtype:
-      out.append(plan.row('parameters of the sampler', cast, layout))
+    view = sharding.tree_shardings(cast, loading.sampler_rules(config), mesh)
+    same = jax.tree.map(lambda a, b, leaf: a.is_equivalent_to(b, len(leaf.shape)), layout, view, cast)
+    if config.model.sampler_dtype != config.model.param_dtype or not all(jax.tree.leaves(same)):
+      out.append(plan.row("sampler's view of the parameters", cast, view))
     out += _caches(config, mesh, decoder)
+    if stage == 'evaluate' and config.evaluate.meta:
+      scalar = loading.with_head(decoder, 'scalar').abstract_params()
+      out.append(plan.row('parameters of the meta-RM', scalar, sharding.tree_shardings(scalar, rules, mesh)))
   return out
 
 

@@ -1,10 +1,12 @@
-"""What can be known to be wrong before anything is loaded: every stage calls its check first.
+"""What can be known to be wrong before work starts: every stage calls `stage` first.
 
-A pipeline calls the checks of all its stages before the first one works.
+A pipeline calls it for all its stages before the first one works.
 """
 
 from typing import Any
 
+from spct_jax.data import sources
+from spct_jax.stages import loading
 from spct_jax.train import update
 
 ORDERS = ('shuffle', 'balanced', 'fixed')
@@ -17,7 +19,9 @@ def training(config: Any, mesh: Any, stage: str) -> None:
     _at_least(f'{stage}.{name}', fields[name], least)
   if not fields.lr > 0:
     raise ValueError(f'{stage}.lr: got {fields.lr}; allowed: a positive learning rate')
+  _at_least('logging.keep', config.logging.keep, 1)
   _ascending(f'{stage}.buckets', fields.buckets)
+  loading.optim_settings(fields)
   rows = fields.batch * (fields.group if stage == 'grpo' else 1)
   try:
     update.check_rows(rows, fields.microbatches, mesh)
@@ -25,6 +29,13 @@ def training(config: Any, mesh: Any, stage: str) -> None:
     raise ValueError(f'{stage}.batch: {error}') from None
   if stage == 'rft' and not 0 <= fields.general_fraction <= 1:
     raise ValueError(f'rft.general_fraction: got {fields.general_fraction}; allowed: 0 to 1')
+  if stage == 'sft' or (stage == 'rft' and fields.general_fraction > 0):
+    if not config.data.instructions:
+      raise ValueError(
+          f'data.instructions is empty, and {stage} learns from it; give a file of general instruction data'
+          + (', or set rft.general_fraction=0' if stage == 'rft' else '')
+      )
+    next(sources.read(config.data.instructions))  # says what is wrong with a missing or empty file
 
 
 def sampling(config: Any, stage: str) -> None:
@@ -36,7 +47,7 @@ def sampling(config: Any, stage: str) -> None:
       ('judge.chunk_prompts', judge.chunk_prompts),
       ('judge.chunk_tasks', judge.chunk_tasks),
       ('judge.rows', judge.rows),
-      (f'{stage}.samples', fields.samples),
+      (f'{stage}.samples', fields.group if stage == 'grpo' else fields.samples),
   ):
     _at_least(name, value, 1)
   _ascending('judge.buckets', judge.buckets)
@@ -48,6 +59,9 @@ def sampling(config: Any, stage: str) -> None:
       raise ValueError(f"sample.hinted_items: got {fields.hinted_items!r}; allowed: 'all', 'unsolved'")
 
 
+  loading.judge_settings(config, fields, orders='shuffle', single='binary')
+
+
 def grpo(config: Any, mesh: Any) -> None:
   """A group of one has no advantage, so GRPO would learn nothing from it."""
   fields = config.grpo
@@ -57,7 +71,14 @@ def grpo(config: Any, mesh: Any) -> None:
         'prompt (the paper uses 4)'
     )
   training(config, mesh, 'grpo')
+  sampling(config, 'grpo')
   _at_least('grpo.updates', fields.updates, 1)
+  longest = config.judge.buckets[-1] + config.judge.max_new_tokens
+  if fields.buckets[-1] < longest:
+    raise ValueError(
+        f'grpo.buckets: the last is {fields.buckets[-1]}, but a prompt and its judgement may have {longest} tokens '
+        '(judge.buckets and judge.max_new_tokens); a group must not lose its long samples, so raise it'
+    )
   if fields.old_logp not in ('sampler', 'learner'):
     raise ValueError(f"grpo.old_logp: got {fields.old_logp!r}; allowed: 'sampler', 'learner'")
   if fields.clip_eps < 0 or fields.kl_coef < 0:
@@ -70,12 +91,17 @@ def grpo(config: Any, mesh: Any) -> None:
     )
 
 
-def evaluation(config: Any) -> None:
+def evaluation(config: Any, mesh: Any) -> None:
   """Votes must fit into the pool, and the voters into the vote."""
   sampling(config, 'evaluate')
   fields = config.evaluate
   ks = tuple(fields.ks)
   _ascending('evaluate.ks', ks)
+  if fields.greedy and fields.temperature == 0:
+    raise ValueError(
+        'evaluate.temperature: got 0 with evaluate.greedy, which judges at temperature 0 already; allowed: above 0, '
+        'or evaluate.greedy=False'
+    )
   if ks[-1] > fields.samples:
     raise ValueError(
         f'evaluate.ks: got {ks[-1]} votes from a pool of evaluate.samples={fields.samples}; raise the pool or '
@@ -89,16 +115,27 @@ def evaluation(config: Any) -> None:
     )
   if fields.single not in ('binary', 'scale'):
     raise ValueError(f"evaluate.single: got {fields.single!r}; allowed: 'binary', 'scale'")
+  if fields.meta:
+    _at_least('evaluate.meta_batch', fields.meta_batch, 1)
+    try:
+      update.check_rows(fields.meta_batch, 1, mesh)
+    except ValueError as error:
+      raise ValueError(f'evaluate.meta_batch: {error}') from None
+    if fields.soft and not fields.soft_temperature > 0:
+      raise ValueError(f'evaluate.soft_temperature: got {fields.soft_temperature}; allowed: above 0')
+  if len(set(fields.models)) != len(fields.models):
+    raise ValueError(f'evaluate.models: got {tuple(fields.models)}; allowed: each at most once')
   if not fields.models:
     raise ValueError('evaluate.models: got none; name at least one of base, sft, rft, grpo')
 
 
 def stage(config: Any, mesh: Any, name: str) -> None:
   """The checks of one stage by its name."""
+  wants(config, name)
   if name == 'grpo':
     grpo(config, mesh)
   elif name == 'evaluate':
-    evaluation(config)
+    evaluation(config, mesh)
   elif name == 'sample':
     sampling(config, name)
   else:
@@ -109,21 +146,31 @@ def stage(config: Any, mesh: Any, name: str) -> None:
         raise ValueError(f'meta_rm.heldout: got {config.meta_rm.heldout}; allowed: 0 up to, not including, 1')
 
 
-def models(config: Any, name: str) -> tuple[str, ...]:
-  """The trained models that a stage starts from or judges with ('base' is none)."""
+def wants(config: Any, name: str) -> tuple[str, ...]:
+  """The files of other stages that a stage needs besides its READS: records of trained models, and what fields add.
+
+  Raises:
+    ValueError: a name that is no model, or a model of the wrong kind.
+  """
   fields = config[name]
-  found = {
-      'sft': lambda: (fields.init,),
-      'sample': lambda: (fields.model,),
-      'rft': lambda: (fields.init,),
-      'grpo': lambda: (fields.init,),
-      'meta_rm': lambda: (fields.init, fields.policy),
-      'evaluate': lambda: (*fields.models, fields.meta),
+  judges, metas = {
+      'sft': lambda: ((fields.init,), ()),
+      'sample': lambda: ((fields.model,), ()),
+      'rft': lambda: ((fields.init,), ()),
+      'grpo': lambda: ((fields.init,), ()),
+      'meta_rm': lambda: ((fields.init, fields.policy), ()),
+      'evaluate': lambda: (tuple(fields.models), (fields.meta,)),
   }[name]()
-  wrong = [model for model in found if model not in ('', 'base', 'sft', 'rft', 'grpo', 'meta_rm')]
-  if wrong:
-    raise ValueError(f'{name}: unknown model {wrong[0]!r}; allowed: base, sft, rft, grpo (and meta_rm to guide)')
-  return tuple(model for model in dict.fromkeys(found) if model not in ('', 'base'))
+  for given, allowed in ((judges, ('base', *loading.TRAINED)), (metas, ('', 'meta_rm'))):
+    for model in given:
+      if model not in allowed:
+        raise ValueError(
+            f'{name}: got the model {model!r}; allowed: {", ".join(repr(known) for known in allowed)}'
+        )
+  found = [f'{model}/DONE.json' for model in (*judges, *metas) if model not in ('', 'base')]
+  if name == 'grpo' and fields.drop_too_easy:
+    found.append('sample/trajectories.jsonl')
+  return tuple(dict.fromkeys(found))
 
 
 def _at_least(name: str, value: int, least: int) -> None:
@@ -133,5 +180,7 @@ def _at_least(name: str, value: int, least: int) -> None:
 
 def _ascending(name: str, values: Any) -> None:
   values = list(values)
+  for value in values:
+    _at_least(name, value, 1)
   if not values or values != sorted(set(values)) or values[0] < 1:
     raise ValueError(f'{name}: got {tuple(values)}; allowed: distinct positive numbers, ascending')

@@ -19,25 +19,25 @@ def draw(
   """
   writer = records.ChunkedWriter(path) if processes.is_writer() else None
   total = sum(len(chunk.tasks) for chunk in planned.chunks)
+
+  def done():
+    held = writer.done
+    return [writer.finished or chunk.index in held for chunk in planned.chunks]
+
   # What is left to draw decides what the devices do, so process 0 decides it for all.
-  todo = [
-      chunk
-      for chunk in planned.chunks
-      if not processes.as_writer_says(
-          lambda chunk=chunk: writer.finished or chunk.index in writer.done, what=f'{desc} resumes'
-      )
-  ]
+  held = processes.each_as_writer_says(done, count=len(planned.chunks), what=f'{desc} resumes')
+  todo = [chunk for chunk, whole in zip(planned.chunks, held) if not whole]
   start = total - sum(len(chunk.tasks) for chunk in todo)
   with Progress(total=total, desc=desc, start=start) as progress:
     for chunk in todo:
       drawn = grm.run(judge, chunk)
-      if writer is not None:
-        writer.write(chunk.index, [records.to_row(trajectory) for trajectory in drawn])
+      processes.only_writer(
+          lambda c=chunk, d=drawn: writer.write(c.index, [records.to_row(t) for t in d]),
+          what=f'writing {path}',
+      )
       parsed = sum(trajectory.scores is not None for trajectory in drawn)
       progress.update(len(drawn), metrics={'parsed': parsed / len(drawn)})
-  if writer is not None:
-    writer.finish(len(planned.chunks))
-  processes.barrier(f'{desc} drawn')
+  processes.only_writer(lambda: writer.finish(len(planned.chunks)), what=f'writing {path}')
   found = load(path)
   if len(found) != total:
     raise ValueError(
@@ -49,9 +49,8 @@ def draw(
 
 def save(path: pathlib.Path, trajectories: Iterable[types.Trajectory]) -> None:
   """Writes a whole file of trajectories at once, in process 0; all processes wait for it."""
-  if processes.is_writer():
-    records.write_jsonl(path, [records.to_row(trajectory) for trajectory in trajectories])
-  processes.barrier(f'{path.name} written')
+  rows = [records.to_row(trajectory) for trajectory in trajectories]
+  processes.only_writer(lambda: records.write_jsonl(path, rows), what=f'writing {path}')
 
 
 def load(path: pathlib.Path) -> tuple[types.Trajectory, ...]:
@@ -60,12 +59,26 @@ def load(path: pathlib.Path) -> tuple[types.Trajectory, ...]:
 
 
 def name_overlong(
-    examples: Sequence[types.Example], positions: Sequence[int], *, limit: int, desc: str
+    examples: Sequence[types.Example],
+    positions: Sequence[int],
+    *,
+    limit: int,
+    desc: str,
+    strict: bool,
 ) -> list[str]:
-  """The uids of items whose prompt passes the limit; process 0 says so."""
+  """The uids of items whose prompt passes the limit; process 0 says so.
+
+  Raises:
+    ValueError: there are some and `strict`, or there is no other item.
+  """
   uids = [examples[i].uid for i in positions]
   if uids:
     shown = ', '.join(uids[:5]) + (', ...' if len(uids) > 5 else '')
+    if strict or len(uids) == len(examples):
+      raise ValueError(
+          f'{desc}: {len(uids)} of {len(examples)} items are over the limit of {limit} prompt tokens: {shown}; '
+          'raise the last of judge.buckets, take a shorter template, or leave these items out'
+      )
     processes.say(
         f'{desc}: {len(uids)} of {len(examples)} items are over {limit} prompt tokens and skipped: {shown}'
     )

@@ -61,7 +61,7 @@ class Items:
 
 def run(config: Any, workdir: Workdir, mesh: Any, generate: Any = None) -> None:
   """Judges the held-out items with every model of `config.evaluate.models` and writes the report."""
-  checks.evaluation(config)
+  checks.stage(config, mesh, 'evaluate')
   fields = config.evaluate
   reads = (
       *loading.data_reads(config),
@@ -79,6 +79,7 @@ def run(config: Any, workdir: Workdir, mesh: Any, generate: Any = None) -> None:
       settings, temperature=0.0, top_p=1.0, top_k=0, min_p=0.0, orders='balanced'
   )
   folder = workdir.start('evaluate', config, reads)
+  processes.only_writer(lambda: _clear(workdir.path), what='clearing the report')
   bind = loading.generator(config, lm, tok, mesh, generate)
   score = _meta_scorer(config, workdir, mesh, tok) if fields.meta else None
 
@@ -89,7 +90,9 @@ def run(config: Any, workdir: Workdir, mesh: Any, generate: Any = None) -> None:
     planned = grm.plan(judge, examples, samples=fields.samples, stage='evaluate')
     judged[list(planned.overlong)] = False
     if name == fields.models[0]:
-      drawing.name_overlong(examples, planned.overlong, limit=settings.buckets[-1], desc='evaluate')
+      drawing.name_overlong(
+          examples, planned.overlong, limit=settings.buckets[-1], desc='evaluate', strict=config.strict
+      )
     drawn = drawing.draw(judge, planned, folder / f'{name}.jsonl', desc=f'evaluate {name}')
     logits = None
     if score is not None:
@@ -105,10 +108,16 @@ def run(config: Any, workdir: Workdir, mesh: Any, generate: Any = None) -> None:
     del params, judge
 
   items = items_of(examples, judged)
-  if processes.is_writer():
-    publish(config, workdir, items, pools, greedy, data)
-  processes.barrier('report written')
+  processes.only_writer(
+      lambda: publish(config, workdir, items, pools, greedy, data), what='writing the report'
+  )
   workdir.mark_done('evaluate', config, reads, WRITES)
+
+
+def _clear(path: pathlib.Path) -> None:
+  """A report of other inputs must not stand there while this one is made."""
+  for name in ('results.json', 'report.md'):
+    (path / name).unlink(missing_ok=True)
 
 
 def items_of(examples: tuple[types.Example, ...], judged: np.ndarray) -> Items:
@@ -170,12 +179,17 @@ def _meta_scores(config, score, examples, drawn, settings, tok, path, name):
           pad_id=tok.pad_id,
           on_batch=progress.update,
       )
-    if processes.is_writer():
-      records.write_jsonl(path, [
-          {'schema': 'meta_score/1', 'uid': t.uid, 'sample': t.sample, 'logit': logbook.number(logit)}
-          for t, logit in zip(drawn, logits)
-      ])
-    processes.barrier('meta scores written')
+    lost = int(np.isnan(logits).sum())
+    if lost:
+      processes.say(
+          f'evaluate {name}: {lost} of {len(rows)} trajectories are over {config.meta_rm.buckets[-1]} tokens for the '
+          'meta-RM, which ranks them last; raise the last of meta_rm.buckets'
+      )
+    found = [
+        {'schema': 'meta_score/1', 'uid': t.uid, 'sample': t.sample, 'logit': logbook.number(logit)}
+        for t, logit in zip(drawn, logits)
+    ]
+    processes.only_writer(lambda: records.write_jsonl(path, found), what=f'writing {path}')
   return {
       (row['uid'], row['sample']): np.nan if row['logit'] is None else row['logit']
       for row in records.read_jsonl(path)
@@ -229,8 +243,9 @@ def _parts(items: Items):
   if same(everything) is None:
     for n in sorted(set(items.sizes.tolist())):
       yield 'all', n, items.sizes == n
+  named = [subset for subset in dict.fromkeys(subsets) if subset != 'all']
   if len(set(subsets)) > 1:
-    for subset in dict.fromkeys(subsets):
+    for subset in named:
       yield str(subset), same(subsets == subset), subsets == subset
 
 
@@ -244,8 +259,8 @@ def _measured(pool: Pool, items: Items, part, *, k, guide, threshold) -> dict[st
   return {
       **{name: whole[name] for name in ('accuracy', 'stderr', 'low', 'high', 'items')},
       'accuracy_judged': judged['accuracy'] if judged['items'] else None,
-      'parse_failure': judged['parse_failure'],
-      'ties': judged['ties'] if judged['parse_failure'] < 1 else None,
+      'parse_failure': judged['parse_failure'] if judged['items'] else None,
+      'ties': judged['ties'] if judged['items'] and judged['parse_failure'] < 1 else None,
       'order_flip': flips,
       'overlong': int((part & ~items.judged).sum()),
       'auc': auc_at_k(pool, items, single, k=k, guide=guide, threshold=threshold),
@@ -383,7 +398,7 @@ def publish(
           baselines=simple,
           skipped=skipped,
           figures=pictures,
-          notes=_notes(config, workdir, items, pools, data),
+          notes=_notes(items, pools, data, threshold),
       ),
   )
   processes.say(f'evaluate: report in {workdir.path / "report.md"}')
@@ -412,11 +427,11 @@ def _pictures(path: pathlib.Path, rows, simple, items: Items, pools) -> dict[str
   return {caption: folder / name for caption, (name, draw) in drawn.items() if draw(folder / name)}
 
 
-def _notes(config, workdir, items: Items, pools, data) -> list[str]:
+def _notes(items: Items, pools, data, threshold: float) -> list[str]:
   """Sentences on what an accuracy hides: position bias, repeated questions, and how good the meta-RM is."""
   notes = []
   for stage, pool in pools.items():
-    correct = _sample_correct(pool, items)
+    correct = sample_correct(pool, items, threshold)
     drawn = pool.order[:, :, 0] >= 0
     share, number = metrics.accuracy_by_slot(correct, pool.order, items.label, items.response_mask, drawn)
     told = ', '.join(
@@ -439,5 +454,14 @@ def _notes(config, workdir, items: Items, pools, data) -> list[str]:
   return notes
 
 
-def _sample_correct(pool: Pool, items: Items) -> np.ndarray:
-  return np.asarray(outcome.correct(pool.scores, pool.valid, items.label, items.response_mask))
+def sample_correct(pool: Pool, items: Items, threshold: float) -> np.ndarray:
+  """bool[B, K]: whether one sample alone is right - Eq 10, and for a single response by the threshold.
+
+  On the 1..10 scale a single response's score is never its 0/1 label, so Eq 10's equality does not apply there.
+  """
+  right = np.asarray(
+      outcome.correct(pool.scores, pool.valid, items.label, items.response_mask)
+  )
+  says_right = pool.scores[:, :, 0] > threshold
+  single = pool.valid & (says_right == (items.label == 1)[:, None])
+  return np.where((items.sizes == 1)[:, None], single, right)

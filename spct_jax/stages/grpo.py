@@ -15,32 +15,41 @@ from typing import Any
 
 import numpy as np
 
-from spct_jax import sharding
-from spct_jax.algos import grpo, metrics, outcome
+from spct_jax import sharding, types
+from spct_jax.algos import grpo, metrics, outcome, rft
 from spct_jax.data import stream
 from spct_jax.judges import grm
-from spct_jax.stages import budget, checks, fit, loading, processes
+from spct_jax.stages import budget, checks, drawing, fit, loading, processes, sample
 from spct_jax.stages.progress import Progress
 from spct_jax.stages.workdir import Workdir
 from spct_jax.train import batches, objectives, update
 
 READS = ()
+EASY = ('sample/trajectories.jsonl',)  # read too where `drop_too_easy` is on
 WRITES = ('grpo/checkpoint', 'grpo/DONE.json')
 
 
 def run(config: Any, workdir: Workdir, mesh: Any, generate: Any = None) -> None:
   """Trains `config.grpo.init` against itself frozen."""
-  checks.grpo(config, mesh)
+  checks.stage(config, mesh, 'grpo')
   fields = config.grpo
-  reads = (*loading.data_reads(config), *loading.model_reads(config, fields.init))
+  reads = (
+      *(EASY if fields.drop_too_easy else ()),
+      *loading.data_reads(config),
+      *loading.model_reads(config, fields.init),
+  )
   if workdir.is_done('grpo', config, reads):
     return processes.say('grpo: done before')
   budget.report(config, mesh, ('grpo',))
+  if fields.drop_too_easy:
+    sample.require(config, workdir, 'grpo')
   tok = loading.tokenizer(config)
-  examples = loading.data(config).train
   decoder = loading.model(config, tok)
-  settings = loading.judge_settings(config, fields, orders='group', single=config.judge.single)
+  settings = loading.judge_settings(config, fields, orders='group', single='binary')
   bind = loading.generator(config, decoder, tok, mesh, generate)
+  examples = _usable(config, loading.data(config).train, settings, tok)
+  if fields.drop_too_easy:
+    examples = hard(examples, drawing.load(workdir.path / EASY[0]))
   workdir.start('grpo', config, reads)
   reference = loading.params(config, fields.init, decoder, workdir, mesh)
   token_logp = objectives.token_logp(decoder, mesh)
@@ -64,6 +73,7 @@ def run(config: Any, workdir: Workdir, mesh: Any, generate: Any = None) -> None:
         chosen, visits = _items(config, examples, step)
         judge = grm.Judge(bind('grpo', state['params']), tok, settings)
         judged = grm.judge(judge, chosen, samples=fields.group, stage='grpo', visits=visits)
+        del judge  # and with it the sampler's view of the parameters
         clock['sampled'] = time.perf_counter()
         batch, measured = rows(judged, chosen, config=config, pad_id=tok.pad_id)
         if batch is None:
@@ -85,7 +95,11 @@ def run(config: Any, workdir: Workdir, mesh: Any, generate: Any = None) -> None:
           session.writer.write(
               step,
               {**learned, **measured},
-              {'sample_seconds': clock['sampled'] - clock['start'], 'learn_seconds': now - clock['sampled']},
+              {
+                  'sample_seconds': clock['sampled'] - clock['start'],
+                  'learn_seconds': now - clock['sampled'],
+                  **getattr(bind, 'cost', {}),
+              },
           )
           progress.update(1, metrics={
               'reward': measured['reward'], 'kl': learned['kl'], 'parse_failure': measured['parse_failure'],
@@ -95,10 +109,48 @@ def run(config: Any, workdir: Workdir, mesh: Any, generate: Any = None) -> None:
   workdir.mark_done('grpo', config, reads, WRITES)
 
 
+def _usable(config, examples, settings, tok):
+  """The items whose prompt fits; the others are counted and named before anything is drawn."""
+  limit = settings.buckets[-1]
+  lengths = [
+      len(grm.prompt_ids(
+          grm.prompt_of(e, range(len(e.responses)), settings=settings, hinted=False), tok
+      ))
+      for e in examples
+  ]
+  overlong = [i for i, length in enumerate(lengths) if length > limit]
+  drawing.name_overlong(examples, overlong, limit=limit, desc='grpo', strict=config.strict)
+  return tuple(e for e, length in zip(examples, lengths) if length <= limit)
+
+
+def hard(
+    examples: tuple[types.Example, ...], plain: tuple[types.Trajectory, ...]
+) -> tuple[types.Example, ...]:
+  """Leaves out the items that every plain sample got right (paper 2.5); items without samples stay."""
+  grouped = grm.group(examples, plain)
+  judged = grm.judgments([len(e.responses) for e in examples], grouped)
+  if not judged.valid.size:
+    return examples
+  label = np.asarray([e.label for e in examples], np.int32)
+  correct = np.asarray(
+      outcome.correct(judged.scores, judged.valid, label, judged.response_mask)
+  )
+  drawn = np.arange(correct.shape[1])[None, :] < np.asarray([len(g) for g in grouped])[:, None]
+  easy = np.asarray(rft.too_easy(correct, ~drawn))
+  left = tuple(e for e, out in zip(examples, easy) if not out)
+  processes.say(f'grpo: {len(examples) - len(left)} of {len(examples)} items are too easy and left out')
+  if not left:
+    raise ValueError(
+        'grpo: every item is too easy (all plain samples of the sample stage are right), so nothing is left to '
+        'learn from; give harder items, or set grpo.drop_too_easy=False'
+    )
+  return left
+
+
 def _items(config, examples, step):
   """The items of a step, and how often each was visited before: a pure function of (seed, step)."""
   index, visits = stream.indices(
-      seed=config.seed, step=step, batch_size=config.grpo.batch, size=len(examples)
+      seed=stream.stage_seed(config.seed, 'grpo'), step=step, batch_size=config.grpo.batch, size=len(examples)
   )
   return tuple(examples[i] for i in index), [int(v) for v in visits]
 

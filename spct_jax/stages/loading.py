@@ -18,6 +18,7 @@ from spct_jax.judges import grm, prompts
 from spct_jax.models.config import BlockConfig, ModelConfig
 from spct_jax.models.transformer import Transformer
 from spct_jax.sampling.engine import Engine
+from spct_jax.stages import processes
 from spct_jax.stages.workdir import Workdir
 from spct_jax.text import tokenizer as tokenizers
 from spct_jax.train import checkpoint, optim
@@ -63,6 +64,9 @@ def data(config: Any) -> Data:
     parts = heldout.split(loaded.examples, fraction=fields.heldout, seed=config.seed, by='prompt')
     train, held = parts.train, parts.held_out[: fields.eval_limit or None]
   train, held = _labelled(train, skipped), _labelled(held, skipped)
+  if config.strict and skipped.get('no label'):
+    raise ValueError(f'{fields.path}: strict, and {len(skipped["no label"])} items have no label: '
+                     + ', '.join(skipped['no label'][:10]))
   if not train or not held:
     raise ValueError(
         f'{fields.path}: {len(train)} items with a label to train on and {len(held)} to evaluate; both are needed'
@@ -79,8 +83,21 @@ def _labelled(examples, skipped):
 
 
 def data_reads(config: Any) -> tuple[str, ...]:
-  """The data files that a stage's result depends on."""
-  return tuple(path for path in (config.data.path, config.data.eval_path) if path)
+  """What the result of a stage that judges depends on: preference data, and `setup_reads`."""
+  data_files = (path for path in (config.data.path, config.data.eval_path) if path)
+  return (*data_files, *setup_reads(config))
+
+
+def setup_reads(config: Any) -> tuple[str, ...]:
+  """The user's own tokenizer, templates and model shape; what the package carries goes by its version."""
+  found = []
+  if config.tokenizer.path not in tokenizers.BUILTIN:
+    found.append(config.tokenizer.path)
+  if config.judge.template not in prompts.builtin_templates():
+    found.append(config.judge.template)
+  if config.model.path:
+    found.append(f'{config.model.path}/config.json')
+  return tuple(found)
 
 
 def model_reads(config: Any, *names: str) -> tuple[str, ...]:
@@ -147,6 +164,10 @@ def cache_rules(config: Any) -> sharding.Rules:
   return tuple((pattern, tuple(spec)) for pattern, spec in config.sharding.cache_rules)
 
 
+def sampler_rules(config: Any) -> sharding.Rules:
+  return tuple((pattern, tuple(spec)) for pattern, spec in config.sharding.sampler_rules)
+
+
 def params(config: Any, name: str, decoder: Transformer, workdir: Workdir, mesh: Any) -> Any:
   """Parameters of 'base' (imported or random) or of a finished stage, sharded for the learner.
 
@@ -167,7 +188,8 @@ def params(config: Any, name: str, decoder: Transformer, workdir: Workdir, mesh:
     start = fresh(key)
     return {**{k: v for k, v in imported.items() if k in start}, 'reward': start['reward']}
   folder = workdir.stage_dir(name) / 'checkpoint'
-  if not (workdir.stage_dir(name) / 'DONE.json').exists():
+  done = workdir.stage_dir(name) / 'DONE.json'
+  if not processes.as_writer_says(done.exists, what=f'looking for {done}'):
     raise ValueError(
         f'model {name!r}: {folder} holds no finished training; run --config.stage={name} on this workdir first'
     )
@@ -228,23 +250,41 @@ def engine(config: Any, decoder: Transformer, tok: tokenizers.Tokenizer, mesh: A
   )
 
 
-@functools.lru_cache(maxsize=None)
-def _cast(dtype: str):
-  return jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf.astype(dtype), tree))
+def sampler_view(
+    config: Any, decoder: Transformer, mesh: Any, learner_params: Any
+) -> tuple[Any, dict[str, float]]:
+  """The sampler's copy of the parameters, in its dtype and layout, and its cost {'view_bytes', 'view_seconds'}.
 
-
-def sampler_view(config: Any, learner_params: Any) -> tuple[Any, dict[str, float]]:
-  """The sampler's copy of the parameters in its dtype, and its cost {'view_bytes', 'view_seconds'}.
-
-  With equal dtypes it is the learner's own arrays and costs nothing (design decision 3).
+  Where dtype and layout are the learner's own, it is the learner's own arrays and costs nothing (decision 3).
   """
-  dtype = config.model.sampler_dtype
-  if all(leaf.dtype == np.dtype(dtype) for leaf in jax.tree.leaves(learner_params)):
+  dtype = np.dtype(config.model.sampler_dtype)
+  layout = sharding.tree_shardings(decoder.abstract_params(), sampler_rules(config), mesh)
+  same = jax.tree.map(
+      lambda leaf, where: leaf.dtype == dtype and leaf.sharding.is_equivalent_to(where, leaf.ndim),
+      learner_params,
+      layout,
+  )
+  if all(jax.tree.leaves(same)):
     return learner_params, {'view_bytes': 0.0, 'view_seconds': 0.0}
   start = time.perf_counter()
-  view = jax.block_until_ready(_cast(dtype)(learner_params))
-  size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(view))
+  view = jax.block_until_ready(_cast(str(dtype), _frozen(layout))(learner_params))
+  size = sharding.bytes_per_device(view, layout)
   return view, {'view_bytes': float(size), 'view_seconds': time.perf_counter() - start}
+
+
+def _frozen(tree):
+  leaves, structure = jax.tree.flatten(tree)
+  return tuple(leaves), structure
+
+
+@functools.lru_cache(maxsize=None)
+def _cast(dtype: str, layout: tuple):
+  """One compiled cast and reshard per dtype and layout."""
+  leaves, structure = layout
+  return jax.jit(
+      lambda tree: jax.tree.map(lambda leaf: leaf.astype(dtype), tree),
+      out_shardings=jax.tree.unflatten(structure, leaves),
+  )
 
 
 Factory = Callable[[str, Any], grm.Generate]
@@ -253,7 +293,11 @@ Factory = Callable[[str, Any], grm.Generate]
 def generator(
     config: Any, decoder: Transformer, tok: tokenizers.Tokenizer, mesh: Any, generate: Factory | None
 ) -> Factory:
-  """`(stage, params) -> Generate`: the given one, or the engine, compiled once per stage."""
+  """`(stage, params) -> Generate`: the given one, or the engine, compiled once per stage.
+
+  The engine's Generate holds the sampler's view of the parameters until it is dropped; `bind.cost` is what making
+  the last view took.
+  """
   if generate is not None:
     return generate
   engines: dict[str, Engine] = {}
@@ -261,7 +305,9 @@ def generator(
   def bind(stage, learner_params):
     if stage not in engines:
       engines[stage] = engine(config, decoder, tok, mesh, stage)
-    view, _ = sampler_view(config, learner_params)
+    view, bind.cost = sampler_view(config, decoder, mesh, learner_params)
     return lambda prompts_, tasks, infos: engines[stage].generate(view, prompts_, tasks)
+
+  bind.cost = {}
 
   return bind

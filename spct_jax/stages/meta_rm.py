@@ -18,7 +18,7 @@ from spct_jax import sharding, types
 from spct_jax.algos import metrics, outcome
 from spct_jax.data import heldout, stream
 from spct_jax.judges import grm, meta
-from spct_jax.stages import budget, checks, drawing, fit, loading, processes
+from spct_jax.stages import budget, checks, drawing, fit, loading, processes, sample
 from spct_jax.stages.workdir import Workdir
 from spct_jax.train import batches, objectives, update
 
@@ -53,8 +53,7 @@ def scorer(decoder: Any, params: Any, mesh: Any) -> meta.Score:
 
 def run(config: Any, workdir: Workdir, mesh: Any, generate: Any = None) -> None:
   """Samples the policy, then trains the scalar head and its backbone on all trajectories."""
-  checks.training(config, mesh, 'meta_rm')
-  checks.sampling(config, 'meta_rm')
+  checks.stage(config, mesh, 'meta_rm')
   fields = config.meta_rm
   reads = (
       *READS,
@@ -64,10 +63,11 @@ def run(config: Any, workdir: Workdir, mesh: Any, generate: Any = None) -> None:
   if workdir.is_done('meta_rm', config, reads):
     return processes.say('meta_rm: done before')
   budget.report(config, mesh, ('meta_rm',))
+  sample.require(config, workdir, 'meta_rm')
   tok = loading.tokenizer(config)
   data = loading.data(config)
   settings = loading.judge_settings(
-      config, fields, orders=config.sample.orders, single=config.judge.single
+      config, fields, orders=config.sample.orders, single='binary'
   )
   folder = workdir.start('meta_rm', config, reads)
 
@@ -75,7 +75,9 @@ def run(config: Any, workdir: Workdir, mesh: Any, generate: Any = None) -> None:
   policy = loading.params(config, fields.policy, lm, workdir, mesh)
   judge = grm.Judge(loading.generator(config, lm, tok, mesh, generate)('meta_rm', policy), tok, settings)
   planned = grm.plan(judge, data.train, samples=fields.samples, stage='meta_rm')
-  drawing.name_overlong(data.train, planned.overlong, limit=settings.buckets[-1], desc='meta_rm')
+  drawing.name_overlong(
+      data.train, planned.overlong, limit=settings.buckets[-1], desc='meta_rm', strict=config.strict
+  )
   own = drawing.draw(judge, planned, folder / 'trajectories.jsonl', desc='meta_rm, sampling')
   del policy, judge
 
@@ -103,7 +105,7 @@ def run(config: Any, workdir: Workdir, mesh: Any, generate: Any = None) -> None:
 
   def batch_of(step):
     index, _ = stream.indices(
-        seed=config.seed, step=step, batch_size=fields.batch, size=len(train)
+        seed=stream.stage_seed(config.seed, 'meta_rm'), step=step, batch_size=fields.batch, size=len(train)
     )
     return batches.pad(
         [train[i][0] for i in index],

@@ -45,9 +45,9 @@ def check(config: Any, workdir: Workdir, mesh: Any) -> None:
   written: set[str] = set()
   for name in names:
     module = _module(name)
-    wanted = (*module.READS, *(f'{model}/DONE.json' for model in checks.models(config, name)))
-    for path in wanted:
-      if path not in written and not (workdir.path / path).exists():
+    for path in (*module.READS, *checks.wants(config, name)):
+      here = workdir.path / path
+      if path not in written and not processes.as_writer_says(here.exists, what=f'looking for {path}'):
         raise ValueError(
             f'stage {name!r} reads {path}, which no stage before it writes and the workdir does not hold; '
             f'add the stage {path.split("/")[0]!r} before it, or change what {name} starts from'

@@ -64,8 +64,25 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
   os.replace(partial, path)
 
 
+def only_writer(function: Callable[[], object], *, what: str) -> None:
+  """Calls `function` in process 0 while the others wait; its error ends all of them."""
+  as_writer_says(lambda: (function(), True)[1], what=what)
+
+
+def each_as_writer_says(function: Callable[[], list[bool]], *, count: int, what: str) -> list[bool]:
+  """`as_writer_says` for `count` answers at once."""
+  answers = np.zeros(count, np.int32)
+
+  def ask():
+    answers[:] = function()
+    return True
+
+  as_writer_says(ask, what=what)
+  if jax.process_count() > 1 and count:
+    answers = np.asarray(multihost_utils.broadcast_one_to_all(answers))
+  return answers.astype(bool).tolist()
+
+
 def write_once(path: str | os.PathLike[str], text: str) -> None:
   """`write_text` in process 0; the others wait until it is there."""
-  if is_writer():
-    write_text(path, text)
-  barrier(f'written {pathlib.Path(path).name}')
+  only_writer(lambda: write_text(path, text), what=f'writing {path}')

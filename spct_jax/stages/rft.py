@@ -16,7 +16,7 @@ from spct_jax import records, types
 from spct_jax.algos import outcome, rft
 from spct_jax.data import stream
 from spct_jax.judges import grm
-from spct_jax.stages import budget, checks, drawing, fit, loading, processes, sft
+from spct_jax.stages import budget, checks, drawing, fit, loading, processes, sample, sft
 from spct_jax.stages.workdir import Workdir
 from spct_jax.train import batches, objectives
 
@@ -69,22 +69,23 @@ def select(
 def run(config: Any, workdir: Workdir, mesh: Any, generate: Any = None) -> None:
   """Filters what the sample stage drew and fine-tunes `config.rft.init` on it."""
   del generate
-  checks.training(config, mesh, 'rft')
+  checks.stage(config, mesh, 'rft')
   fields = config.rft
   reads = (
       *READS,
-      config.data.instructions,
+      *((config.data.instructions,) if fields.general_fraction > 0 else ()),
       *loading.data_reads(config),
       *loading.model_reads(config, fields.init),
   )
   if workdir.is_done('rft', config, reads):
     return processes.say('rft: done before')
   budget.report(config, mesh, ('rft',))
+  sample.require(config, workdir, 'rft')
   tok = loading.tokenizer(config)
   data = loading.data(config)
   decoder = loading.model(config, tok)
   settings = loading.judge_settings(
-      config, config.sample, orders=config.sample.orders, single=config.judge.single
+      config, config.sample, orders=config.sample.orders, single='binary'
   )
   buckets = tuple(fields.buckets)
   folder = workdir.start('rft', config, reads)
@@ -92,17 +93,18 @@ def run(config: Any, workdir: Workdir, mesh: Any, generate: Any = None) -> None:
   kept, counts = select(data.train, plain, hinted, drop_too_easy=fields.drop_too_easy)
   judged, too_long = _rows(kept, data.train, settings, tok, fields.keep_hint, buckets)
   general = ()
-  if fields.general_fraction > 0 or not judged:
-    general = sft.rows(config.data.instructions, tok, buckets, what='rft')
+  if fields.general_fraction > 0:
+    general = sft.rows(config.data.instructions, tok, buckets, what='rft', strict=config.strict)
   counts |= {'rows': len(judged), 'too_long': len(too_long), 'general_rows': len(general)}
   processes.say('rft: ' + ', '.join(f'{name} {count}' for name, count in counts.items()))
-  fraction = fields.general_fraction
+  fraction, steps = fields.general_fraction, fields.steps
   if not judged:
+    left = 'only general instruction data is left' if general else 'nothing is left'
     processes.say(
-        'rft: no trajectory was kept, so only general instruction data is left to learn from; judge quality '
-        'cannot rise from here (is the base model able to write the format?)'
+        f'rft: no trajectory was kept, so {left} to learn from; judge quality cannot rise from here '
+        '(is the base model able to write the format?)'
     )
-    fraction = 1.0
+    fraction, steps = 1.0, fields.steps if general else 0
   processes.write_once(
       folder / 'filter.json', json.dumps({**counts, 'too_long_rows': too_long}, indent=2) + '\n'
   )
@@ -110,7 +112,7 @@ def run(config: Any, workdir: Workdir, mesh: Any, generate: Any = None) -> None:
 
   def batch_of(step):
     source, index, _ = stream.mix(
-        seed=config.seed,
+        seed=stream.stage_seed(config.seed, 'rft'),
         step=step,
         batch_size=fields.batch,
         sizes=(len(judged), len(general)),
@@ -134,7 +136,7 @@ def run(config: Any, workdir: Workdir, mesh: Any, generate: Any = None) -> None:
       params=functools.partial(loading.params, config, fields.init, decoder, workdir, mesh),
       loss_fn=objectives.sft_objective(decoder),
       batch_of=batch_of,
-      steps=fields.steps,
+      steps=steps,
       extra=lambda batch: {'general_fraction': float(batch['general'][batch['row_mask']].mean())},
   )
   workdir.mark_done('rft', config, reads, WRITES)

@@ -23,25 +23,39 @@ WRITES = (
 )
 
 
+def reads(config: Any) -> tuple[str, ...]:
+  """What the drawn trajectories depend on."""
+  return (*loading.data_reads(config), *loading.model_reads(config, config.sample.model))
+
+
+def require(config: Any, workdir: Workdir, stage: str) -> None:
+  """Trajectories are joined to items by uid, so they must have been drawn from the present data."""
+  if not workdir.is_done('sample', config, reads(config)):
+    raise ValueError(
+        f'{stage}: the trajectories in {workdir.stage_dir("sample")} are missing, unfinished, or were drawn from other '
+        'data or another model; run --config.stage=sample on this workdir first'
+    )
+
+
 def run(config: Any, workdir: Workdir, mesh: Any, generate: Any = None) -> None:
   """Draws `config.sample.samples` trajectories per training item from `config.sample.model`."""
-  checks.sampling(config, 'sample')
+  checks.stage(config, mesh, 'sample')
   fields = config.sample
-  reads = (*loading.data_reads(config), *loading.model_reads(config, fields.model))
-  if workdir.is_done('sample', config, reads):
+  if workdir.is_done('sample', config, reads(config)):
     return processes.say('sample: done before')
   budget.report(config, mesh, ('sample',))
   tok = loading.tokenizer(config)
   data = loading.data(config)
   decoder = loading.model(config, tok)
-  settings = loading.judge_settings(config, fields, orders=fields.orders, single=config.judge.single)
-  folder = workdir.start('sample', config, reads)
+  settings = loading.judge_settings(config, fields, orders=fields.orders, single='binary')
+  folder = workdir.start('sample', config, reads(config))
   params = loading.params(config, fields.model, decoder, workdir, mesh)
   bind = loading.generator(config, decoder, tok, mesh, generate)
   judge = grm.Judge(bind('sample', params), tok, settings)
   planned = grm.plan(judge, data.train, samples=fields.samples, stage='sample')
+  limit = settings.buckets[-1]
   overlong = drawing.name_overlong(
-      data.train, planned.overlong, limit=settings.buckets[-1], desc='sample'
+      data.train, planned.overlong, limit=limit, desc='sample', strict=config.strict
   )
   drawn = drawing.draw(judge, planned, folder / 'trajectories.jsonl', desc='sample')
 
@@ -54,17 +68,25 @@ def run(config: Any, workdir: Workdir, mesh: Any, generate: Any = None) -> None:
     hinted = grm.plan(
         hinted_judge, examples, samples=fields.hinted_samples, stage='hinted', hinted=True
     )
+    hint_overlong = [examples[i].uid for i in hinted.overlong if examples[i].uid not in overlong]
+    if hint_overlong:
+      processes.say(
+          f'sample: with the hint {len(hint_overlong)} more items are over {limit} prompt tokens: '
+          + ', '.join(hint_overlong[:5])
+      )
     drawing.draw(hinted_judge, hinted, hinted_path, desc='sample, hinted')
   else:
+    hint_overlong = []
     drawing.save(hinted_path, ())
 
   items = {
       'train': [example.uid for example in data.train],
       'overlong': overlong,
+      'overlong_with_hint': hint_overlong,
       'skipped': data.skipped,
   }
   processes.write_once(folder / 'items.json', json.dumps(items, indent=2) + '\n')
-  workdir.mark_done('sample', config, reads, WRITES)
+  workdir.mark_done('sample', config, reads(config), WRITES)
 
 
 def unsolved(examples, drawn):

@@ -17,14 +17,21 @@ READS = ()
 WRITES = ('sft/checkpoint', 'sft/DONE.json')
 
 
-def rows(path: str, tok: Tokenizer, buckets: tuple[int, ...], *, what: str) -> tuple[batches.Row, ...]:
-  """Instruction rows as token ids; over-long ones are counted, named and left out."""
+def rows(
+    path: str, tok: Tokenizer, buckets: tuple[int, ...], *, what: str, strict: bool
+) -> tuple[batches.Row, ...]:
+  """Instruction rows as token ids; unusable and over-long ones are counted, named and left out."""
   found = []
-  for item in instructions.load(path).examples:
+  loaded = instructions.load(path, strict=strict)
+  if loaded.skipped:
+    processes.say(loaded.describe())
+  for item in loaded.examples:
     prompt = encode.encode(chat.wrap_messages(item.messages, tok), tok)
     completion = (*tok.encode_data(item.responses[0]), tok.eos_ids[0])
     found.append(batches.Row(item.uid, tuple(prompt), completion))
   fitting = batches.fitting(found, buckets)
+  if fitting.too_long and strict:
+    raise ValueError(f'{path}: strict, and {len(fitting.too_long)} rows are too long: {"; ".join(fitting.too_long[:5])}')
   if fitting.too_long:
     processes.say(
         f'{what}: {len(fitting.too_long)} rows are too long and left out: {"; ".join(fitting.too_long[:5])}'
@@ -39,18 +46,22 @@ def rows(path: str, tok: Tokenizer, buckets: tuple[int, ...], *, what: str) -> t
 def run(config: Any, workdir: Workdir, mesh: Any, generate: Any = None) -> None:
   """Trains `config.sft.init` on `config.data.instructions`."""
   del generate
-  checks.training(config, mesh, 'sft')
-  reads = (config.data.instructions, *loading.model_reads(config, config.sft.init))
+  checks.stage(config, mesh, 'sft')
+  reads = (
+      config.data.instructions,
+      *loading.setup_reads(config),
+      *loading.model_reads(config, config.sft.init),
+  )
   if workdir.is_done('sft', config, reads):
     return processes.say('sft: done before')
   budget.report(config, mesh, ('sft',))
   tok = loading.tokenizer(config)
-  data = rows(config.data.instructions, tok, tuple(config.sft.buckets), what='sft')
+  data = rows(config.data.instructions, tok, tuple(config.sft.buckets), what='sft', strict=config.strict)
   decoder = loading.model(config, tok)
   workdir.start('sft', config, reads)
 
   def batch_of(step):
-    index, _ = stream.indices(seed=config.seed, step=step, batch_size=config.sft.batch, size=len(data))
+    index, _ = stream.indices(seed=stream.stage_seed(config.seed, 'sft'), step=step, batch_size=config.sft.batch, size=len(data))
     return batches.pad(
         [data[i] for i in index],
         num_rows=config.sft.batch,

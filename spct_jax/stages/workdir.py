@@ -54,7 +54,7 @@ __all__ = (
 )
 
 # Top-level fields of a config that say where and how loudly a run goes, not what it computes.
-NOT_SEMANTIC = ('logging', 'mesh', 'sharding', 'stage', 'strict')
+NOT_SEMANTIC = ('logging', 'mesh', 'pipeline', 'sharding', 'stage', 'strict')
 
 _ABSENT = '(absent)'
 
@@ -183,7 +183,7 @@ class Workdir:
     if str(read) in sources.BUILTIN:
       return sources.BUILTIN[str(read)]
     inside = self.path / read
-    return inside if inside.exists() else pathlib.Path(read)
+    return inside if inside.exists() else pathlib.Path(read).expanduser()
 
   def missing(self, reads: Sequence[str | os.PathLike[str]]) -> list[str]:
     """The entries of `reads` that are not there; a name such as 'tfds:x' is no file."""

@@ -30,17 +30,20 @@ from spct_jax.masked import Array, Number
 _MAX_LOG_RATIO = 30.0
 
 
+@jax.jit
 def reward(correct: Bool[Array, '*s']) -> Float[Array, '*s']:
   """+1 for the right, -1 for all others, unparsed ones among them (Eq 11)."""
   return jnp.where(jnp.asarray(correct), 1.0, -1.0).astype(jnp.float32)
 
 
+@jax.jit
 def has_signal(reward: Num[Array, 'B K']) -> Bool[Array, ' B']:
   """Groups whose rewards differ; in the others no policy gradient arises and only the KL acts."""
   reward = jnp.asarray(reward)
   return jnp.max(reward, axis=1) > jnp.min(reward, axis=1)
 
 
+@jax.jit
 def advantages(reward: Num[Array, 'B K'], eps: Number = 1e-6) -> Float[Array, 'B K']:
   """Group-normalised rewards, float32; a group of one, or without signal, gives zeros.
 

@@ -121,6 +121,7 @@ def wilson(share: Number, number: Number) -> tuple[float, float]:
   return max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half))
 
 
+@jax.jit
 def labelled(label: Num[Array, ' B'], response_mask: Bool[Array, 'B N']) -> Bool[Array, ' B']:
   """Items with a usable label: index of a present response, or for n = 1 a score not below 0."""
   label, response_mask = jnp.asarray(label), jnp.asarray(response_mask)
@@ -129,6 +130,7 @@ def labelled(label: Num[Array, ' B'], response_mask: Bool[Array, 'B N']) -> Bool
   return jnp.where(single_B, label >= 0, jnp.any(is_gold_BN, axis=1))
 
 
+@jax.jit
 def tie_rate(
     scores: Num[Array, 'B K N'], valid: Bool[Array, 'B K'], response_mask: Bool[Array, 'B N']
 ) -> Float[Array, '']:
@@ -138,6 +140,7 @@ def tie_rate(
   return masked.mean(jnp.sum(top_BKN, axis=2) > 1, jnp.asarray(valid) & several_B1)
 
 
+@jax.jit
 def parse_failure_rate(
     valid: Bool[Array, 'B K'], sample_mask: Bool[Array, 'B K'] | None = None
 ) -> Float[Array, '']:
@@ -146,6 +149,7 @@ def parse_failure_rate(
   return masked.mean(~valid, jnp.ones(valid.shape, bool) if sample_mask is None else sample_mask)
 
 
+@jax.jit
 def order_flip_rate(
     scores: Num[Array, 'B K N'],
     valid: Bool[Array, 'B K'],
@@ -164,6 +168,7 @@ def order_flip_rate(
   return _disagreement(scores, valid, response_mask, different_BKK)
 
 
+@jax.jit
 def resample_flip_rate(
     scores: Num[Array, 'B K N'],
     valid: Bool[Array, 'B K'],
@@ -176,6 +181,7 @@ def resample_flip_rate(
   return _disagreement(scores, valid, response_mask, same_BKK)
 
 
+@jax.jit
 def score_histogram(
     scores: Num[Array, 'B K N'], valid: Bool[Array, 'B K'], response_mask: Bool[Array, 'B N']
 ) -> Int[Array, '11']:
@@ -186,6 +192,7 @@ def score_histogram(
   return jnp.stack([jnp.sum(value == score, dtype=jnp.int32) for score in range(11)])
 
 
+@jax.jit
 def accuracy_by_slot(
     correct: Shaped[Array, 'B K'],
     order: Int[Array, 'B K N'],
@@ -209,6 +216,7 @@ def accuracy_by_slot(
   return jnp.sum(right_BKN, axis=(0, 1)) / jnp.maximum(number_N, 1).astype(jnp.float32), number_N
 
 
+@jax.jit
 def roc_auc(
     score: Num[Array, ' Q'], positive: Bool[Array, ' Q'], row_mask: Bool[Array, ' Q'] | None = None
 ) -> Float[Array, '']:
@@ -233,6 +241,7 @@ def roc_auc(
   return jnp.where((negatives > 0) & jnp.any(positive), masked.mean(chance, positive), jnp.nan)
 
 
+@jax.jit
 def trivial_baselines(
     lengths: Num[Array, 'B N'], label: Num[Array, ' B'], response_mask: Bool[Array, 'B N']
 ) -> dict[str, Float[Array, ' B']]:

@@ -10,12 +10,14 @@ Where the paper is silent:
 2. An item without a label (negative, or no index of a present response) has no right sample.
 """
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Num
 
 from spct_jax.masked import Array
 
 
+@jax.jit
 def correct(
     scores: Num[Array, 'B K N'],
     valid: Bool[Array, 'B K'],

@@ -11,12 +11,14 @@ Padding where items have different numbers of samples: `correct` False and `hint
 dropped, and it keeps no item from being too easy.
 """
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Bool
 
 from spct_jax.masked import Array
 
 
+@jax.jit
 def too_easy(correct: Bool[Array, 'B K'], hinted: Bool[Array, 'B K']) -> Bool[Array, ' B']:
   """Items whose non-hinted samples are all right: also the items that the RL data leaves out (SPCT
   2.5)."""
@@ -24,6 +26,7 @@ def too_easy(correct: Bool[Array, 'B K'], hinted: Bool[Array, 'B K']) -> Bool[Ar
   return jnp.all(correct | hinted, axis=1) & jnp.any(~hinted, axis=1)
 
 
+@jax.jit
 def keep(correct: Bool[Array, 'B K'], hinted: Bool[Array, 'B K']) -> Bool[Array, 'B K']:
   """Which samples to train on.
 

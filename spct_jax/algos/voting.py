@@ -20,6 +20,7 @@ from jaxtyping import Bool, Float, Int, Num, Shaped
 from spct_jax.masked import Array, Number
 
 
+@jax.jit
 def vote(
     scores: Num[Array, 'B K N'], weights: Shaped[Array, 'B K'], response_mask: Bool[Array, 'B N']
 ) -> Float[Array, 'B N']:
@@ -51,6 +52,7 @@ def voting_weights(weights: Shaped[Array, 'B K']) -> Float[Array, 'B K']:
   return jnp.where(weights > 0, weights, 0.0)
 
 
+@jax.jit
 def credit(
     totals: Float[Array, 'B N'],
     label: Num[Array, ' B'],
@@ -78,6 +80,7 @@ def credit(
   return jnp.where(voted, jnp.where(n_B == 1, single_B, best_of_n_B), 0.0)
 
 
+@jax.jit
 def tied(
     totals: Float[Array, 'B N'],
     response_mask: Bool[Array, 'B N'],
@@ -94,6 +97,7 @@ def tied(
   return jnp.asarray(voted) & jnp.where(n_B == 1, on_threshold_B, shared_B)
 
 
+@jax.jit
 def winner(
     totals: Float[Array, 'B N'], response_mask: Bool[Array, 'B N'], uniform: Float[Array, ' B']
 ) -> Int[Array, ' B']:

@@ -5,7 +5,7 @@ A pipeline calls it for all its stages before the first one works.
 
 from typing import Any
 
-from spct_jax.data import sources
+from spct_jax.data import instructions
 from spct_jax.stages import loading
 from spct_jax.train import update
 
@@ -21,7 +21,10 @@ def training(config: Any, mesh: Any, stage: str) -> None:
     raise ValueError(f'{stage}.lr: got {fields.lr}; allowed: a positive learning rate')
   _at_least('logging.keep', config.logging.keep, 1)
   _ascending(f'{stage}.buckets', fields.buckets)
-  loading.optim_settings(fields)
+  try:
+    loading.optim_settings(fields)
+  except ValueError as error:
+    raise ValueError(f'{stage}: {error}') from None
   rows = fields.batch * (fields.group if stage == 'grpo' else 1)
   try:
     update.check_rows(rows, fields.microbatches, mesh)
@@ -35,7 +38,7 @@ def training(config: Any, mesh: Any, stage: str) -> None:
           f'data.instructions is empty, and {stage} learns from it; give a file of general instruction data'
           + (', or set rft.general_fraction=0' if stage == 'rft' else '')
       )
-    next(sources.read(config.data.instructions))  # says what is wrong with a missing or empty file
+    instructions.load(config.data.instructions, strict=config.strict)  # says what is wrong with the file
 
 
 def sampling(config: Any, stage: str) -> None:
@@ -57,9 +60,10 @@ def sampling(config: Any, stage: str) -> None:
     _at_least('sample.hinted_samples', fields.hinted_samples, 0)
     if fields.hinted_items not in ('all', 'unsolved'):
       raise ValueError(f"sample.hinted_items: got {fields.hinted_items!r}; allowed: 'all', 'unsolved'")
-
-
-  loading.judge_settings(config, fields, orders='shuffle', single='binary')
+  try:
+    loading.judge_settings(config, fields, orders='shuffle', single='binary')
+  except ValueError as error:
+    raise ValueError(f'{stage}: {error}') from None
 
 
 def grpo(config: Any, mesh: Any) -> None:

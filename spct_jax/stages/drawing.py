@@ -7,6 +7,7 @@ from spct_jax import records, types
 from spct_jax.judges import grm
 from spct_jax.stages import processes
 from spct_jax.stages.progress import Progress
+from spct_jax.text.tokenizer import Tokenizer
 
 
 def draw(
@@ -56,6 +57,19 @@ def save(path: pathlib.Path, trajectories: Iterable[types.Trajectory]) -> None:
 def load(path: pathlib.Path) -> tuple[types.Trajectory, ...]:
   """Every trajectory of a file."""
   return tuple(records.read_trajectories(path))
+
+
+def overlong(
+    examples: Sequence[types.Example], settings: grm.Settings, tokenizer: Tokenizer
+) -> list[int]:
+  """The positions of the items whose prompt passes the limit; the order of the responses does not matter to it."""
+  def length(example):
+    prompt = grm.prompt_of(
+        example, range(len(example.responses)), settings=settings, hinted=False
+    )
+    return len(grm.prompt_ids(prompt, tokenizer))
+
+  return [i for i, example in enumerate(examples) if length(example) > settings.buckets[-1]]
 
 
 def name_overlong(

@@ -19,7 +19,7 @@ from spct_jax import records, types
 from spct_jax.algos import meta_rm as meta_algo
 from spct_jax.algos import metrics, outcome, voting
 from spct_jax.judges import grm, meta
-from spct_jax.stages import budget, checks, drawing, figures, loading, logbook, meta_rm, processes, report, results
+from spct_jax.stages import checks, drawing, figures, loading, logbook, meta_rm, processes, report, results
 from spct_jax.stages import workdir as workdirs
 from spct_jax.stages.progress import Progress
 from spct_jax.stages.workdir import Workdir
@@ -69,7 +69,6 @@ def run(config: Any, workdir: Workdir, mesh: Any, generate: Any = None) -> None:
   )
   if workdir.is_done('evaluate', config, reads):
     return processes.say('evaluate: done before')
-  budget.report(config, mesh, ('evaluate',))
   tok = loading.tokenizer(config)
   data = loading.data(config)
   examples = data.heldout

@@ -19,7 +19,7 @@ from spct_jax import sharding, types
 from spct_jax.algos import grpo, metrics, outcome, rft
 from spct_jax.data import stream
 from spct_jax.judges import grm
-from spct_jax.stages import budget, checks, drawing, fit, loading, processes, sample
+from spct_jax.stages import checks, drawing, fit, loading, processes, sample
 from spct_jax.stages.progress import Progress
 from spct_jax.stages.workdir import Workdir
 from spct_jax.train import batches, objectives, update
@@ -40,7 +40,6 @@ def run(config: Any, workdir: Workdir, mesh: Any, generate: Any = None) -> None:
   )
   if workdir.is_done('grpo', config, reads):
     return processes.say('grpo: done before')
-  budget.report(config, mesh, ('grpo',))
   if fields.drop_too_easy:
     sample.require(config, workdir, 'grpo')
   tok = loading.tokenizer(config)
@@ -111,16 +110,12 @@ def run(config: Any, workdir: Workdir, mesh: Any, generate: Any = None) -> None:
 
 def _usable(config, examples, settings, tok):
   """The items whose prompt fits; the others are counted and named before anything is drawn."""
-  limit = settings.buckets[-1]
-  lengths = [
-      len(grm.prompt_ids(
-          grm.prompt_of(e, range(len(e.responses)), settings=settings, hinted=False), tok
-      ))
-      for e in examples
-  ]
-  overlong = [i for i, length in enumerate(lengths) if length > limit]
-  drawing.name_overlong(examples, overlong, limit=limit, desc='grpo', strict=config.strict)
-  return tuple(e for e, length in zip(examples, lengths) if length <= limit)
+  overlong = drawing.overlong(examples, settings, tok)
+  drawing.name_overlong(
+      examples, overlong, limit=settings.buckets[-1], desc='grpo', strict=config.strict
+  )
+  left_out = set(overlong)
+  return tuple(e for i, e in enumerate(examples) if i not in left_out)
 
 
 def hard(

@@ -18,7 +18,7 @@ from spct_jax import sharding, types
 from spct_jax.algos import metrics, outcome
 from spct_jax.data import heldout, stream
 from spct_jax.judges import grm, meta
-from spct_jax.stages import budget, checks, drawing, fit, loading, processes, sample
+from spct_jax.stages import checks, drawing, fit, loading, processes, sample
 from spct_jax.stages.workdir import Workdir
 from spct_jax.train import batches, objectives, update
 
@@ -62,7 +62,6 @@ def run(config: Any, workdir: Workdir, mesh: Any, generate: Any = None) -> None:
   )
   if workdir.is_done('meta_rm', config, reads):
     return processes.say('meta_rm: done before')
-  budget.report(config, mesh, ('meta_rm',))
   sample.require(config, workdir, 'meta_rm')
   tok = loading.tokenizer(config)
   data = loading.data(config)

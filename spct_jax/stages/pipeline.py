@@ -8,7 +8,7 @@ a killed run.
 import importlib
 from typing import Any
 
-from spct_jax.stages import budget, checks, loading, processes
+from spct_jax.stages import budget, checks, drawing, loading, processes
 from spct_jax.stages.workdir import Workdir
 
 READS = ()
@@ -19,22 +19,27 @@ STAGES = ('sft', 'sample', 'rft', 'grpo', 'meta_rm', 'evaluate')
 
 def run(config: Any, workdir: Workdir, mesh: Any, generate: Any = None) -> None:
   """Runs the pipeline."""
-  names = tuple(config.pipeline.stages)
-  check(config, workdir, mesh)
+  run_stages(tuple(config.pipeline.stages), config, workdir, mesh, generate)
+
+
+def run_stages(
+    names: tuple[str, ...], config: Any, workdir: Workdir, mesh: Any, generate: Any = None
+) -> None:
+  """Checks everything, then runs the stages in turn."""
+  check(names, config, workdir, mesh)
   for number, name in enumerate(names, start=1):
     processes.say(f'--- {number}/{len(names)} {name}')
     _module(name).run(config, workdir, mesh, generate)
-  processes.say('pipeline: done')
+  processes.say(f'done: {workdir.path}')
 
 
-def check(config: Any, workdir: Workdir, mesh: Any) -> None:
+def check(names: tuple[str, ...], config: Any, workdir: Workdir, mesh: Any) -> None:
   """Everything that can be known to be wrong before work starts.
 
   Raises:
     ValueError: an unknown or repeated stage, a bad number, a file that nobody writes, data that cannot be
       used, or a model that does not divide over the mesh.
   """
-  names = tuple(config.pipeline.stages)
   unknown = [name for name in names if name not in STAGES]
   if unknown or len(set(names)) != len(names) or not names:
     raise ValueError(
@@ -61,6 +66,25 @@ def check(config: Any, workdir: Workdir, mesh: Any) -> None:
   )
   if found.contaminated:
     processes.say(f'data: {len(found.contaminated)} evaluated items share a conversation with the training items')
+  _check_lengths(config, found, names)
+
+
+def _check_lengths(config, found, names):
+  """Names the over-long items now: an error of a later stage would come after the training of the earlier ones."""
+  tok = loading.tokenizer(config)
+  samplers = [name for name in names if name in budget.SAMPLERS and name != 'evaluate'][:1]
+  for name in (*samplers, *(name for name in names if name == 'evaluate')):
+    examples, single = found.train, 'binary'
+    if name == 'evaluate':
+      examples, single = found.heldout, config.evaluate.single
+    settings = loading.judge_settings(config, config[name], orders='fixed', single=single)
+    drawing.name_overlong(
+        examples,
+        drawing.overlong(examples, settings, tok),
+        limit=settings.buckets[-1],
+        desc=name,
+        strict=config.strict,
+    )
 
 
 def _module(name: str) -> Any:

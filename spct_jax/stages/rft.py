@@ -16,7 +16,7 @@ from spct_jax import records, types
 from spct_jax.algos import outcome, rft
 from spct_jax.data import stream
 from spct_jax.judges import grm
-from spct_jax.stages import budget, checks, drawing, fit, loading, processes, sample, sft
+from spct_jax.stages import checks, drawing, fit, loading, processes, sample, sft
 from spct_jax.stages.workdir import Workdir
 from spct_jax.train import batches, objectives
 
@@ -79,7 +79,6 @@ def run(config: Any, workdir: Workdir, mesh: Any, generate: Any = None) -> None:
   )
   if workdir.is_done('rft', config, reads):
     return processes.say('rft: done before')
-  budget.report(config, mesh, ('rft',))
   sample.require(config, workdir, 'rft')
   tok = loading.tokenizer(config)
   data = loading.data(config)

@@ -11,7 +11,7 @@ import numpy as np
 
 from spct_jax.algos import outcome
 from spct_jax.judges import grm
-from spct_jax.stages import budget, checks, drawing, loading, processes
+from spct_jax.stages import checks, drawing, loading, processes
 from spct_jax.stages.workdir import Workdir
 
 READS = ()
@@ -43,7 +43,6 @@ def run(config: Any, workdir: Workdir, mesh: Any, generate: Any = None) -> None:
   fields = config.sample
   if workdir.is_done('sample', config, reads(config)):
     return processes.say('sample: done before')
-  budget.report(config, mesh, ('sample',))
   tok = loading.tokenizer(config)
   data = loading.data(config)
   decoder = loading.model(config, tok)

@@ -7,7 +7,7 @@ import functools
 from typing import Any
 
 from spct_jax.data import instructions, stream
-from spct_jax.stages import budget, checks, fit, loading, processes
+from spct_jax.stages import checks, fit, loading, processes
 from spct_jax.stages.workdir import Workdir
 from spct_jax.text import chat, encode
 from spct_jax.text.tokenizer import Tokenizer
@@ -54,7 +54,6 @@ def run(config: Any, workdir: Workdir, mesh: Any, generate: Any = None) -> None:
   )
   if workdir.is_done('sft', config, reads):
     return processes.say('sft: done before')
-  budget.report(config, mesh, ('sft',))
   tok = loading.tokenizer(config)
   data = rows(config.data.instructions, tok, tuple(config.sft.buckets), what='sft', strict=config.strict)
   decoder = loading.model(config, tok)

@@ -7,7 +7,7 @@ Choices after the colon:
 
     smoke              everything small: a few items, steps and tokens
     data=NAME          builtin (carried by the package), plain, hh_rlhf, gsm8k_single, gsm8k_list, judgebench
-    path=FILE          the preference file, for every data but builtin
+    path=FILE          the preference file, for every data but builtin (or --config.data.path=FILE)
     tokenizer=FOLDER   a Hugging Face tokenizer folder; the package's own small one by default
     seed=N
 
@@ -24,11 +24,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
   choice = choices.parse(
       arg, smoke=False, data='builtin', path='', tokenizer='builtin:small', seed=0
   )
-  if (choice['data'] == 'builtin') == bool(choice['path']):
-    raise ValueError(
-        f"data={choice['data']} with path={choice['path']!r}: give path=FILE for every data but builtin, "
-        'and none for builtin'
-    )
+  if choice['data'] == 'builtin' and choice['path']:
+    raise ValueError(f"path={choice['path']!r} needs data=NAME beside it: which format the file has")
   smoke = choice['smoke']
 
   config = ConfigDict()
@@ -43,7 +40,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.tokenizer.path = choice['tokenizer']  # folder with tokenizer.json (or vocab and merges), or builtin:small
 
   config.data = ConfigDict()
-  config.data.path = choice['path'] or 'builtin:preferences'  # preference file, JSONL or JSONL.gz
+  config.data.path = choice['path']  # preference file, JSONL or JSONL.gz; or tfds:NAME:SPLIT
+  if choice['data'] == 'builtin':
+    config.data.path = 'builtin:preferences'
   config.data.reader = 'auto' if choice['data'] == 'builtin' else choice['data']  # row format; auto: by its columns
   config.data.limit = 40 if smoke else 512  # items read at most; 0 = all
   config.data.heldout = 0.25  # share of items kept from training; evaluated if eval_path is empty

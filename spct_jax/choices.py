@@ -1,8 +1,10 @@
 """The words after the colon of a config: `configs/x.py:smoke,data=hh_rlhf,seed=3`.
 
 Each choice moves several fields of a page, so a page names its choices and their defaults in one call;
-the type of the default is the type of the choice.
+the type of the default is the type of the choice. A file whose own name has commas may be the last choice.
 """
+
+import os
 
 
 def parse(arg: str | None, **defaults: bool | int | float | str) -> dict[str, bool | int | float | str]:
@@ -12,7 +14,7 @@ def parse(arg: str | None, **defaults: bool | int | float | str) -> dict[str, bo
     ValueError: an unknown name, or a value that is not of the default's type.
   """
   chosen = dict(defaults)
-  for word in filter(None, (w.strip() for w in (arg or '').split(','))):
+  for word in _words(arg or ''):
     name, equals, value = word.partition('=')
     if name not in defaults:
       raise ValueError(
@@ -32,3 +34,14 @@ def parse(arg: str | None, **defaults: bool | int | float | str) -> dict[str, bo
     except ValueError:
       raise ValueError(f'choice {name}: got {value!r}; allowed: a value of type {kind.__name__}') from None
   return chosen
+
+
+def _words(arg: str) -> list[str]:
+  """Cut at the commas, except for a last value that, commas and all, is a file."""
+  pieces = arg.split(',')
+  for i, piece in enumerate(pieces):
+    _, equals, value = ','.join(pieces[i:]).partition('=')
+    if equals and ',' in value and '=' in piece and os.path.exists(os.path.expanduser(value)):
+      pieces = [*pieces[:i], ','.join(pieces[i:])]
+      break
+  return [piece.strip() for piece in pieces if piece.strip()]

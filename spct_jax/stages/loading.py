@@ -46,6 +46,13 @@ def tokenizer(config: Any) -> tokenizers.Tokenizer:
 def data(config: Any) -> Data:
   """Reads the preference file(s); labels are needed, so items without one are skipped and named."""
   fields = config.data
+  if not fields.path:
+    raise ValueError(
+        'data.path is empty; give the preference file: --config.data.path=FILE, or path=FILE after the colon'
+    )
+  for name in ('limit', 'eval_limit'):
+    if fields[name] < 0:
+      raise ValueError(f'data.{name}: got {fields[name]}; allowed: a number of items, or 0 = all')
   loaded = benchmarks.load(
       fields.path, reader=fields.reader, strict=config.strict, limit=fields.limit or None
   )

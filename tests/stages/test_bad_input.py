@@ -185,10 +185,14 @@ FIELDS = {
     ),
     'tokenizer': ({'tokenizer.path': '/nowhere/at/all'}, ('/nowhere/at/all',), 'sft'),
     'width of heads': ({'model.heads': 3}, ('heads', '3', '2'), 'sft'),
-    'unknown reader': ({'data.reader': 'plian'}, ('unknown reader', "'plian'", 'plain, hh_rlhf'), 'sample'),
-    'negative limit': ({'data.limit': -3}, ('limit', '-3', 'at least 1'), 'sample'),
+    'unknown reader': ({'data.reader': 'plian'}, ('unknown reader', "'plian'", 'plain, hh_rlhf'), 'sft'),
+    'negative limit': ({'data.limit': -3}, ('data.limit', 'got -3', '0 = all'), 'sft'),
+    'negative limit to evaluate': (
+        {'data.eval_path': '', 'data.heldout': 0.5, 'data.eval_limit': -1}, ('data.eval_limit', 'got -1', '0 = all'), 'sft'
+    ),
+    'no data': ({'data.path': ''}, ('data.path', 'empty', 'give the preference file'), 'sft'),
     'nothing held out': (
-        {'data.eval_path': '', 'data.heldout': 0.0}, ('fraction', 'between 0 and 1', 'got 0'), 'sample'
+        {'data.eval_path': '', 'data.heldout': 0.0}, ('fraction', 'between 0 and 1', 'got 0'), 'sft'
     ),
 }
 
@@ -211,10 +215,10 @@ MESHES = {
         {'evaluate.meta_batch': 3}, _TWO, ('evaluate.meta_batch', '3 rows', '2 devices', 'multiple of 2'), 'evaluate'
     ),
     'key/value heads': (
-        {}, {'data': 1, 'fsdp': 1, 'tensor': 4}, ('dimension of 2', '4 ways', 'tensor=4', 'smaller axis'), 'sample'
+        {}, {'data': 1, 'fsdp': 1, 'tensor': 4}, ('dimension of 2', '4 ways', 'tensor=4', 'smaller axis'), 'sft'
     ),
     'width': (
-        {'model.width': 36}, {'data': 1, 'fsdp': 8, 'tensor': 1}, ('dimension of 36', '8 ways', 'fsdp=8'), 'sample'
+        {'model.width': 36}, {'data': 1, 'fsdp': 8, 'tensor': 1}, ('dimension of 36', '8 ways', 'fsdp=8'), 'sft'
     ),
     'too many devices': ({}, {'data': 16}, ('impossible mesh', 'data=16', 'needs 16', 'at most 8'), None),
     'unknown axis': ({}, {'model': 2}, ('impossible mesh', "'model'", 'data, fsdp, tensor'), None),
@@ -327,6 +331,8 @@ def test_a_wrong_file_is_refused_at_the_door(config, folder, idle, case):
   else:
     (folder / name).write_text(text)
   refused(config, folder / 'w', words)
+  put(config, {'sample.model': 'base', 'evaluate.models': ('base',), 'evaluate.meta': ''})
+  refused(config, folder / 'alone', words, stage='sample' if name == 'train.jsonl' else 'evaluate')
 
 
 INSTRUCTIONS = {
@@ -415,8 +421,7 @@ def test_trajectories_of_other_data_are_refused(config, folder, monkeypatch):
   go(config, folder / 'w', stage='sample', generate=scripted_factory(config))
   (folder / 'train.jsonl').write_text(GOOD['train.jsonl'].replace('one answer', 'one other answer'))
   drawn = (folder / 'w' / 'sample' / 'trajectories.jsonl').read_bytes()
-  for name in ('params',):
-    monkeypatch.setattr(loading, name, lambda *a, **k: pytest.fail('work has begun'))
+  monkeypatch.setattr(loading, 'params', lambda *a, **k: pytest.fail('work has begun'))
   for stage in ('rft', 'grpo', 'meta_rm'):
     with pytest.raises(ValueError) as caught:
       go(config, folder / 'w', stage=stage)
@@ -427,4 +432,3 @@ def test_trajectories_of_other_data_are_refused(config, folder, monkeypatch):
   # The remedy works, and what was drawn from the old data is kept aside.
   go(config, folder / 'w', stage='sample', generate=scripted_factory(config))
   assert (folder / 'w' / 'sample.old1' / 'trajectories.jsonl').read_bytes() == drawn
-  put(config, {'rft.steps': 0})

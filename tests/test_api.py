@@ -1,0 +1,82 @@
+"""The three-line use, on a Hugging Face folder and on a workdir."""
+
+
+import jax
+import pytest
+
+import spct_jax
+from spct_jax.judges import grm
+from spct_jax.models import hf
+from spct_jax.models.config import BlockConfig, ModelConfig
+from spct_jax.models.transformer import Transformer
+from spct_jax.testing.scripted import ScriptedEngine, verdict
+from spct_jax.text import tokenizer
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+  """A tiny random judge with its tokenizer, as any Hugging Face folder."""
+  path = tmp_path_factory.mktemp('judge')
+  tok = tokenizer.load('builtin:small')
+  decoder = Transformer(ModelConfig(
+      vocab_size=tok.vocab_size, width=16, heads=2, kv_heads=1, head_dim=8, ffn=16,
+      period=(BlockConfig(),), num_periods=1,
+  ))
+  hf.save(path, decoder, decoder.init(jax.random.key(0)), tok)
+  return path
+
+
+@pytest.fixture(scope='module')
+def judge(folder):
+  return spct_jax.RewardModel.load(folder, template='short', max_prompt_tokens=256, max_new_tokens=6)
+
+
+def test_score_is_a_function_of_content_and_seed(judge):
+  first = judge.score('What is 2 + 2?', ['4', '5'], k=3)
+  again = judge.score([{'role': 'user', 'content': 'What is 2 + 2?'}], ['4', '5'], k=3)
+  assert first == again and len(first.samples) == 3 and first.best is None
+  assert first.scores == (0.0, 0.0) and first.samples[0].parse == 'truncated'
+  texts = lambda v: [s.critique for s in v.samples]
+  assert texts(judge.score('What is 2 + 2?', ['4', '5'], k=3, seed=1)) != texts(first)
+  assert texts(judge.score('What is 2 + 3?', ['4', '5'], k=3)) != texts(first)
+  # A sample does not depend on how many there are.
+  assert texts(judge.score('What is 2 + 2?', ['4', '5'], k=2)) == texts(first)[:2]
+
+
+def test_votes_are_summed_in_the_callers_order(judge, monkeypatch):
+  # Seen to catch: scores left in the shown order.
+  engine = ScriptedEngine(
+      judge.tokenizer, lambda info: verdict(info, (3, 9, 5)), max_new_tokens=96
+  )
+  real = spct_jax.RewardModel._judge
+  monkeypatch.setattr(
+      spct_jax.RewardModel, '_judge',
+      lambda self, k, seed: grm.Judge(engine, self.tokenizer, real(self, k, seed).settings),
+  )
+  found = judge.score('Which?', ['a', 'b', 'c'], k=4)
+  assert found.scores == (12.0, 36.0, 20.0) and found.best == 1
+  assert all(sample.scores == (3, 9, 5) for sample in found.samples)
+  assert len({info.order for call in engine.calls for info in call}) > 1
+
+
+@pytest.mark.parametrize(
+    ('query', 'responses', 'k', 'message'),
+    [
+        ('q', [], 8, 'one or more strings'),
+        ('q', 'one string', 8, 'one or more strings'),
+        ([{'role': 'assistant', 'content': 'hello'}], ['a'], 8, 'end with the user'),
+        ('q', ['a'], 0, 'k: got 0'),
+        ('q', ['long ' * 400], 1, 'over 256 tokens'),
+    ],
+)
+def test_bad_calls_are_refused(judge, query, responses, k, message):
+  with pytest.raises(ValueError, match=message):
+    judge.score(query, responses, k=k)
+
+
+def test_a_folder_without_a_judge_is_refused(tmp_path):
+  with pytest.raises(ValueError, match='no folder'):
+    spct_jax.RewardModel.load(tmp_path / 'nothing')
+  (tmp_path / 'config.json').write_text('{"pipeline": {}, "judge": {}, "tokenizer": {}}')
+  with pytest.raises(ValueError, match='finished: none'):
+    spct_jax.RewardModel.load(tmp_path)

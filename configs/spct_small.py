@@ -27,6 +27,11 @@ def get_config(arg: str | None = None) -> ConfigDict:
   if choice['data'] == 'builtin' and choice['path']:
     raise ValueError(f"path={choice['path']!r} needs data=NAME beside it: which format the file has")
   smoke = choice['smoke']
+  long = choice['data'] != 'builtin'  # published texts are longer than those that the package carries
+  prompt = ((1024, 3072) if smoke else (1024, 2048, 4096)) if long else ((256, 512) if smoke else (256, 512, 1024))
+  answer = 16 if smoke else 96
+  rows = (prompt[-1] + answer,) if smoke else (prompt[-2] + answer, prompt[-1] + answer)
+  parts = 2 if long else 1
 
   config = ConfigDict()
   config.stage = 'pipeline'  # sft, sample, rft, grpo, meta_rm, evaluate, or pipeline: all of pipeline.stages
@@ -71,19 +76,20 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.model.dtype = 'float32'  # of the computation; bfloat16 on accelerators
   config.model.param_dtype = 'float32'  # of the learner's parameters (the masters)
   config.model.sampler_dtype = 'float32'  # of the sampler's view of them
-  config.model.remat = False  # recompute activations in the backward pass
+  config.model.remat = long  # recompute activations in the backward pass
+  config.model.logits_chunk = 256  # positions whose logits training holds at once; 0 = all
 
   config.judge = ConfigDict()
   config.judge.template = 'short'  # folder of prompt templates: short, grm (the released models' interface), or a path
   config.judge.given_principles = False  # put an item's own principles into the prompt (Eq 8)
   config.judge.reference_answer = False  # put an item's reference answer into the prompt
-  config.judge.buckets = (256, 512) if smoke else (256, 512, 1024)  # prompt lengths in tokens; the last is the limit
-  config.judge.max_new_tokens = 16 if smoke else 96  # T
+  config.judge.buckets = prompt  # prompt lengths in tokens; the last is the limit
+  config.judge.max_new_tokens = answer  # T
   config.judge.chunk_prompts = 8 if smoke else 16  # prompt slots (U) of one engine call
   config.judge.chunk_tasks = 24 if smoke else 64  # samples (Q) of one engine call
   config.judge.rows = 8 if smoke else 32  # rows (R) that decode together; finished rows are refilled
 
-  config.sft = _training(steps=4 if smoke else 100, batch=8, lr=1e-3, every=2 if smoke else 25)
+  config.sft = _training(steps=4 if smoke else 100, batch=8, parts=1, lr=1e-3, every=2 if smoke else 25)
   config.sft.init = 'base'  # base: config.model; or the name of a stage that wrote a checkpoint
   config.sft.buckets = (256, 512)  # row lengths in tokens, prompt and answer
 
@@ -98,17 +104,17 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.sample.top_k = 0  # 0 = off
   config.sample.min_p = 0.0
 
-  config.rft = _training(steps=4 if smoke else 100, batch=8, lr=5e-4, every=2 if smoke else 25)
+  config.rft = _training(steps=4 if smoke else 100, batch=8, parts=parts, lr=5e-4, every=2 if smoke else 25)
   config.rft.init = 'sft'
-  config.rft.buckets = (512,) if smoke else (512, 1152)
+  config.rft.buckets = rows
   config.rft.general_fraction = 0.852  # share of general instruction rows in the mix (paper section 3)
   config.rft.drop_too_easy = True  # drop an item's plain samples when all of them are right (paper 2.3)
   config.rft.keep_hint = False  # train hinted samples on the hinted prompt (the paper is silent: off)
 
-  config.grpo = _training(steps=2 if smoke else 40, batch=4, lr=1e-4, every=1 if smoke else 10)
+  config.grpo = _training(steps=2 if smoke else 40, batch=4, parts=2 * parts, lr=1e-4, every=1 if smoke else 10)
   config.grpo.eps = 1e-6  # a batch without signal has a gradient of float noise, which a smaller eps would blow up to lr
   config.grpo.init = 'rft'  # the policy's start and the frozen reference
-  config.grpo.buckets = (544,) if smoke else (512, 1152)
+  config.grpo.buckets = rows
   config.grpo.drop_too_easy = True  # leave out items that all plain samples of the sample stage get right (paper 2.5)
   config.grpo.group = 4  # G, samples per prompt; grpo.batch counts prompts
   config.grpo.clip_eps = 0.2  # eps of the clipped surrogate
@@ -121,9 +127,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.grpo.top_k = 0
   config.grpo.min_p = 0.0
 
-  config.meta_rm = _training(steps=4 if smoke else 60, batch=8, lr=5e-4, every=2 if smoke else 20)
+  config.meta_rm = _training(steps=4 if smoke else 60, batch=8, parts=parts, lr=5e-4, every=2 if smoke else 20)
   config.meta_rm.init = 'base'  # the backbone; the scalar head is new
-  config.meta_rm.buckets = (544,) if smoke else (512, 1152)
+  config.meta_rm.buckets = rows
   config.meta_rm.policy = 'grpo'  # whose trajectories are added to those of the sample stage
   config.meta_rm.samples = 3  # trajectories per item from the policy
   config.meta_rm.temperature = 1.0
@@ -166,12 +172,12 @@ def get_config(arg: str | None = None) -> ConfigDict:
   return config
 
 
-def _training(*, steps: int, batch: int, lr: float, every: int) -> ConfigDict:
+def _training(*, steps: int, batch: int, parts: int, lr: float, every: int) -> ConfigDict:
   """The fields that every training stage has."""
   stage = ConfigDict()
   stage.steps = steps
   stage.batch = batch  # rows per step, over all devices
-  stage.microbatches = 1  # the batch is cut into these; the result does not change
+  stage.microbatches = parts  # the batch is cut into these; the result does not change
   stage.lr = lr  # peak
   stage.schedule = 'constant'  # after the warm-up: constant, cosine, linear
   stage.warmup_steps = 2

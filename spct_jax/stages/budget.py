@@ -24,7 +24,7 @@ def rows(config: Any, mesh: Any, stage: str, decoder: Any) -> list[plan.Row]:
     learner = decoder
     if stage == 'meta_rm':
       learner = loading.with_head(decoder, 'scalar')
-    out += _learner(config[stage], mesh, rules, learner, group=stage == 'grpo')
+    out += _learner(config, config[stage], mesh, rules, learner, group=stage == 'grpo')
   if stage in SAMPLERS:
     params = decoder.abstract_params()
     layout = sharding.tree_shardings(params, rules, mesh)
@@ -44,7 +44,7 @@ def rows(config: Any, mesh: Any, stage: str, decoder: Any) -> list[plan.Row]:
   return out
 
 
-def _learner(fields, mesh, rules, decoder, *, group):
+def _learner(config, fields, mesh, rules, decoder, *, group):
   optimizer = optim.make_optimizer(loading.optim_settings(fields))
   abstract = states.abstract_state(decoder, optimizer)
   layout = states.state_shardings(decoder, optimizer, rules, mesh)
@@ -52,6 +52,8 @@ def _learner(fields, mesh, rules, decoder, *, group):
   c = decoder.config
   sequences = fields.batch * (fields.group if group else 1)
   per_device = -(-sequences // (fields.microbatches * sharding.data_ways(mesh)))
+  chunk = config.model.logits_chunk
+  held = min(chunk, fields.buckets[-1]) / fields.buckets[-1] if chunk else 1.0  # share of the positions with logits
   return [
       plan.row('parameters', abstract['params'], layout['params']),
       plan.row('optimizer state', abstract['opt_state'], layout['opt_state']),
@@ -61,7 +63,7 @@ def _learner(fields, mesh, rules, decoder, *, group):
           width=c.width,
           ffn=c.ffn,
           layers=c.num_layers,
-          vocab=c.vocab_size if c.head_kind == 'lm' else 1,
+          vocab=round(c.vocab_size * held) if c.head_kind == 'lm' else 1,
           itemsize=2 if c.dtype == 'bfloat16' else 4,
           remat=c.remat,
       ),

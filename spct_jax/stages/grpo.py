@@ -51,9 +51,13 @@ def run(config: Any, workdir: Workdir, mesh: Any, generate: Any = None) -> None:
     examples = hard(examples, drawing.load(workdir.path / EASY[0]))
   workdir.start('grpo', config, reads)
   reference = loading.params(config, fields.init, decoder, workdir, mesh)
-  token_logp = objectives.token_logp(decoder, mesh)
+  token_logp = objectives.token_logp(decoder, mesh, chunk=config.model.logits_chunk)
   loss_fn = objectives.grpo_objective(
-      decoder, clip_eps=fields.clip_eps, kl_coef=fields.kl_coef, temperature=fields.temperature
+      decoder,
+      clip_eps=fields.clip_eps,
+      kl_coef=fields.kl_coef,
+      temperature=fields.temperature,
+      chunk=config.model.logits_chunk,
   )
   with fit.open_session(config, workdir, mesh, stage='grpo', decoder=decoder) as session:
     state, start = session.start(lambda: reference)

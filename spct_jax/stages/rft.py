@@ -133,7 +133,7 @@ def run(config: Any, workdir: Workdir, mesh: Any, generate: Any = None) -> None:
       stage='rft',
       decoder=decoder,
       params=functools.partial(loading.params, config, fields.init, decoder, workdir, mesh),
-      loss_fn=objectives.sft_objective(decoder),
+      loss_fn=objectives.sft_objective(decoder, chunk=config.model.logits_chunk),
       batch_of=batch_of,
       steps=steps,
       extra=lambda batch: {'general_fraction': float(batch['general'][batch['row_mask']].mean())},

@@ -25,10 +25,19 @@ def rows(
   loaded = instructions.load(path, strict=strict)
   if loaded.skipped:
     processes.say(loaded.describe())
+  refused = []
   for item in loaded.examples:
-    prompt = encode.encode(chat.wrap_messages(item.messages, tok), tok)
+    try:
+      prompt = encode.encode(chat.wrap_messages(item.messages, tok), tok)
+    except ValueError as error:  # the tokenizer's chat template knows no such conversation
+      refused.append(f'{item.uid} ({error})')
+      continue
     completion = (*tok.encode_data(item.responses[0]), tok.eos_ids[0])
     found.append(batches.Row(item.uid, tuple(prompt), completion))
+  if refused and strict:
+    raise ValueError(f'{path}: strict, and the chat template refuses {len(refused)} rows: {"; ".join(refused[:3])}')
+  if refused:
+    processes.say(f'{what}: the chat template refuses {len(refused)} rows, left out: {"; ".join(refused[:3])}')
   fitting = batches.fitting(found, buckets)
   if fitting.too_long and strict:
     raise ValueError(f'{path}: strict, and {len(fitting.too_long)} rows are too long: {"; ".join(fitting.too_long[:5])}')
@@ -76,7 +85,7 @@ def run(config: Any, workdir: Workdir, mesh: Any, generate: Any = None) -> None:
       stage='sft',
       decoder=decoder,
       params=functools.partial(loading.params, config, config.sft.init, decoder, workdir, mesh),
-      loss_fn=objectives.sft_objective(decoder),
+      loss_fn=objectives.sft_objective(decoder, chunk=config.model.logits_chunk),
       batch_of=batch_of,
       steps=config.sft.steps,
   )

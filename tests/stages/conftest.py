@@ -52,6 +52,7 @@ def config(files):
     page.sample.model = page.rft.init = 'base'
     page.judge.max_new_tokens = 96
     page.rft.steps = page.grpo.steps = page.meta_rm.steps = 2
+    page.model.remat, page.rft.microbatches, page.grpo.microbatches, page.meta_rm.microbatches = False, 1, 1, 1
     page.rft.buckets = page.grpo.buckets = page.meta_rm.buckets = (384,)
     page.judge.buckets = (256,)
     page.evaluate.models = ('base', 'grpo')

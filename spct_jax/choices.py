@@ -1,7 +1,7 @@
 """The words after the colon of a config: `configs/x.py:smoke,data=hh_rlhf,seed=3`.
 
 Each choice moves several fields of a page, so a page names its choices and their defaults in one call;
-the type of the default is the type of the choice. A file whose own name has commas may be the last choice.
+the type of the default is the type of the choice. The name of an existing file may hold commas.
 """
 
 import os
@@ -37,11 +37,14 @@ def parse(arg: str | None, **defaults: bool | int | float | str) -> dict[str, bo
 
 
 def _words(arg: str) -> list[str]:
-  """Cut at the commas, except for a last value that, commas and all, is a file."""
+  """Cut at the commas, except inside a value that, commas and all, is a file."""
   pieces = arg.split(',')
-  for i, piece in enumerate(pieces):
-    _, equals, value = ','.join(pieces[i:]).partition('=')
-    if equals and ',' in value and '=' in piece and os.path.exists(os.path.expanduser(value)):
-      pieces = [*pieces[:i], ','.join(pieces[i:])]
-      break
-  return [piece.strip() for piece in pieces if piece.strip()]
+  words = []
+  while pieces:
+    size = 1
+    if '=' in pieces[0]:
+      values = {n: ','.join(pieces[:n]).partition('=')[2] for n in range(len(pieces), 1, -1)}
+      size = next((n for n, value in values.items() if os.path.exists(os.path.expanduser(value))), 1)
+    words.append(','.join(pieces[:size]).strip())
+    pieces = pieces[size:]
+  return [word for word in words if word]

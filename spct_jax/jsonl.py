@@ -22,6 +22,8 @@ import math
 import os
 import pathlib
 import secrets
+import sys
+import zlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -50,9 +52,15 @@ def plain(value: Any) -> Any:
     return plain(np.asarray(value).tolist())
   raise ValueError(
     f'cannot write a {type(value).__name__} as JSON: {value!r}; allowed are numbers, strings,'
-    f' booleans,'
-    ' None, lists, tuples, dicts, dataclasses, paths and numpy values: convert it first'
+    ' booleans, None, lists, tuples, dicts, dataclasses, paths and numpy values: convert it first'
   )
+
+
+def is_finite(value: Any) -> bool:
+  """Whether it is a number that a float holds: JSON's 1e999 is not, nor is one of 400 digits."""
+  if isinstance(value, bool) or not isinstance(value, (int, float)):
+    return False
+  return -sys.float_info.max <= value <= sys.float_info.max
 
 
 def _key(name: Any) -> str:
@@ -71,10 +79,13 @@ def dumps(value: Any, indent: int | None = None) -> str:
 # Writing ------------------------------------------------------------------------------------------
 
 
+def _compressed(path: pathlib.Path) -> bool:
+  return path.suffix.lower() == '.gz'
+
+
 @contextlib.contextmanager
 def _replacing(path: os.PathLike | str) -> Iterator[Any]:
-  """A binary file that becomes `path` when the block ends well, and leaves no trace when it does
-  not."""
+  """A binary file that becomes `path` when the block ends well, and else leaves no trace."""
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   if path.is_dir():
@@ -84,7 +95,7 @@ def _replacing(path: os.PathLike | str) -> Iterator[Any]:
   temporary = path.with_name(f'.{path.name[:100]}.{secrets.token_hex(4)}.part')
   try:
     with open(temporary, 'xb') as raw:
-      if path.name.endswith('.gz'):
+      if _compressed(path):
         with gzip.GzipFile(filename='', mode='wb', fileobj=raw, mtime=0) as file:
           yield file
       else:
@@ -129,11 +140,10 @@ def write_jsonl(path: os.PathLike | str, rows: Iterable[Any]) -> int:
 def append_jsonl(path: os.PathLike | str, rows: Iterable[Any]) -> None:
   """Adds rows to the end of a plain (not compressed) file; a torn last line is cut off first."""
   path = pathlib.Path(path)
-  if path.name.endswith('.gz'):
+  if _compressed(path):
     raise ValueError(f'cannot append to the compressed file {path}: log to a plain .jsonl file')
-  data = b''.join(
-    _line(row) for row in rows
-  )  # a row that cannot be written fails before the file is touched
+  # A row that cannot be written fails here, before the file is touched.
+  data = b''.join(_line(row) for row in rows)
   path.parent.mkdir(parents=True, exist_ok=True)
   with open(path, 'ab+') as file:
     size = file.seek(0, os.SEEK_END)
@@ -200,8 +210,7 @@ class ChunkedWriter:
     return write_jsonl(self._part(chunk), rows)
 
   def finish(self, chunks: int) -> None:
-    """Joins chunks 0 .. chunks - 1 into `path`, in their order; again after that, it does
-    nothing."""
+    """Joins chunks 0 .. chunks - 1 into `path`, in their order; done again, it does nothing."""
     if self.finished:
       return
     missing = sorted(set(range(chunks)) - self.done)
@@ -230,8 +239,7 @@ class ChunkedWriter:
 
 
 def open_text_lines(path: os.PathLike | str) -> Iterator[tuple[int, str]]:
-  """Yields (line number from 1, text) of a UTF-8 file, compressed or plain, without line ends and
-  BOM.
+  """Yields (line number from 1, text) of a UTF-8 file, compressed or plain; no line ends, no BOM.
 
   Only a newline ends a line: the line separators of Unicode (U+2028, U+0085) may stand inside a
   string.
@@ -253,7 +261,7 @@ def open_text_lines(path: os.PathLike | str) -> Iterator[tuple[int, str]]:
     raise ValueError(
       f'{path}:{number}: not UTF-8 text ({error.reason}): save the file as UTF-8'
     ) from None
-  except (EOFError, gzip.BadGzipFile) as error:
+  except (EOFError, gzip.BadGzipFile, zlib.error) as error:
     raise ValueError(
       f'{path}: damaged gzip file after line {number} ({error}): fetch it again'
     ) from None
@@ -274,9 +282,8 @@ def parse(text: str, where: str) -> Any:
     ) from None
   except (ValueError, RecursionError) as error:
     raise ValueError(f'{where}: not valid JSON ({error}): {shorten(text)}') from None
-  if (
-    '\\ud' in text.lower()
-  ):  # half of an escaped surrogate pair cannot be encoded as UTF-8 later on
+  # Half of an escaped surrogate pair cannot be encoded as UTF-8 later on.
+  if '\\ud' in text.lower():
     try:
       json.dumps(value, ensure_ascii=False).encode('utf-8')
     except UnicodeEncodeError:

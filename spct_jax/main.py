@@ -31,6 +31,7 @@ or the data (with its message), 130 or 143 stopped by Ctrl-C or SIGTERM.
 # Only the light imports stand here: a mistake in the command is answered before JAX is loaded.
 import ast
 import difflib
+import math
 import os
 import pathlib
 import signal
@@ -74,25 +75,16 @@ def main(argv: Sequence[str]) -> int:
 def parse(argv: Sequence[str]) -> flags.FlagValues:
   """The command line as flags, `.config` among them. ValueError says what is wrong with it."""
   page = _page(argv)
-  if page is None:
-    raise ValueError(
-      '--config is missing; give a page and a workdir, for example\n'
-      '  python -m spct_jax.main --config=configs/spct_small.py:smoke --workdir=/tmp/smoke\n'
-      '--help lists the pages'
-    )
-  if not pathlib.Path(page.partition(':')[0]).is_file():
-    raise ValueError(
-      f'--config={page}: there is no file {page.partition(":")[0]}; --help lists the pages'
-    )
   # First the page as it stands: the names and types that the overrides are held against.
   config = _read_flags([f'--config={page}']).config
   if not isinstance(config, ConfigDict):
     raise ValueError(
       f'--config={page}: get_config returns a {type(config).__name__}, not a ConfigDict'
     )
-  for name in _overrides(argv):
+  overrides = list(_overrides(argv))
+  for name in overrides:
     _check_field(config, name)
-  settings = _read_flags(argv)
+  settings = _read_flags(argv, overrides)
   for field in ('stage', 'strict', 'mesh'):
     if field not in settings.config:
       raise ValueError(
@@ -102,6 +94,7 @@ def parse(argv: Sequence[str]) -> flags.FlagValues:
     raise ValueError(
       '--workdir is missing; give the folder to write into, for example --workdir=/tmp/spct'
     )
+  settings.workdir = os.path.expanduser(settings.workdir)  # a shell leaves --workdir=~/x as it is
   several = [settings.coordinator, settings.num_processes, settings.process_id]
   if any(value is not None for value in several) and (None in several or settings.distributed):
     raise ValueError(
@@ -115,6 +108,7 @@ def parse(argv: Sequence[str]) -> flags.FlagValues:
     )
   if settings.strict:
     settings.config.strict = True
+  _check_values(settings.config)
   return settings
 
 
@@ -156,7 +150,8 @@ def _run(settings: flags.FlagValues) -> None:
       raise
 
 
-def _read_flags(argv: Sequence[str]) -> flags.FlagValues:
+def _read_flags(argv: Sequence[str], overrides: Sequence[str] = ()) -> flags.FlagValues:
+  """The flags of `argv`; `overrides` names the fields it sets on a page that is known to work."""
   values = flags.FlagValues()
   words = ['spct_jax.main', *argv]
   # Overrides are found in `sys_argv`, which would otherwise be the process's own.
@@ -175,12 +170,16 @@ def _read_flags(argv: Sequence[str]) -> flags.FlagValues:
     # ml_collections puts the traceback of an error in the page into its message. A ValueError there
     # is the page's refusal of a choice, and its words are enough; anything else is a broken page.
     head, found, words = str(error).rpartition('\nValueError: ')
-    raise ValueError(
-      f'{head.partition(": ")[0]}: {words.strip()}' if found else str(error)
-    ) from None
+    message = f'{head.partition(": ")[0]}: {words.strip()}' if found else str(error)
+    raise ValueError(message) from None
   except flags.Error as error:
     raise ValueError(f'{error}; --help shows the flags') from None
   except Exception as error:
+    if overrides:
+      raise ValueError(
+        f'--config.{", --config.".join(overrides)}: cannot be set ({error}); --help with the page'
+        ' shows its fields and their values'
+      ) from None
     place = ''.join(traceback.format_exception(error, limit=-1)).rstrip()
     raise ValueError(f'the config page fails:\n{place}') from None
   if rest[1:]:
@@ -190,15 +189,28 @@ def _read_flags(argv: Sequence[str]) -> flags.FlagValues:
   return values
 
 
-def _page(argv: Sequence[str]) -> str | None:
-  """The value of --config, written with '=' or as the next word."""
-  for i, word in enumerate(argv):
+def _names_page(argv: Sequence[str]) -> bool:
+  return any(word.partition('=')[0] in ('--config', '-config') for word in argv)
+
+
+def _page(argv: Sequence[str]) -> str:
+  """The value of --config, written with '=' or as the next word; ValueError if it is no file."""
+  page = ''
+  for word, following in zip(argv, [*argv, ''][1:], strict=True):
     name, equals, value = word.partition('=')
     if name in ('--config', '-config'):
-      if equals:
-        return value or None
-      return argv[i + 1] if i + 1 < len(argv) else None
-  return None
+      page = value if equals else following
+      break
+  if not page or page.startswith('-'):
+    raise ValueError(
+      '--config is missing; give a page and a workdir, for example\n'
+      '  python -m spct_jax.main --config=configs/spct_small.py:smoke --workdir=/tmp/smoke\n'
+      '--help lists the pages'
+    )
+  file = page.partition(':')[0]
+  if not pathlib.Path(file).is_file():
+    raise ValueError(f'--config={page}: there is no file {file}; --help lists the pages')
+  return page
 
 
 def _overrides(argv: Sequence[str]) -> Iterator[str]:
@@ -216,16 +228,39 @@ def _check_field(config: ConfigDict, name: str) -> None:
     if not isinstance(node, ConfigDict) or part not in node:
       known = sorted(node) if isinstance(node, ConfigDict) else []
       near = difflib.get_close_matches(part, known, n=1)
-      raise ValueError(
-        f'unknown config field --config.{name}: '
-        + (
-          f'{above} has no {part!r}; it has {", ".join(known)}'
-          if known
-          else f'{above} is a value, not a section'
-        )
-        + (f'. Did you mean {near[0]!r}?' if near else '')
-      )
+      what = f'{above} has no {part!r}; it has {", ".join(known)}'
+      if not known:
+        what = f'{above} is a value, not a section'
+      hint = f'. Did you mean {near[0]!r}?' if near else ''
+      raise ValueError(f'unknown config field --config.{name}: {what}{hint}')
     node, above = node[part], f'{above}.{part}'
+  if '[' in name and not isinstance(node, list):
+    raise ValueError(
+      f'--config.{name}: an item of a {type(node).__name__} cannot be set alone; give the whole:'
+      f' --config.{name.partition("[")[0]}=VALUE'
+    )
+
+
+def _check_values(config: ConfigDict) -> None:
+  """What no stage can use: a seed that is no uint32, a number that is not finite."""
+  seed = config.seed if 'seed' in config else 0
+  if not isinstance(seed, int) or not 0 <= seed < 2**32:
+    raise ValueError(f'config.seed={seed}: allowed are whole numbers from 0 to {2**32 - 1}')
+  for name, value in _values('config', config):
+    if isinstance(value, float) and not math.isfinite(value):
+      raise ValueError(f'{name}={value}: allowed are finite numbers')
+
+
+def _values(name: str, node: Any) -> Iterator[tuple[str, Any]]:
+  """The values below a node of the config, each with its full name."""
+  if isinstance(node, (ConfigDict, dict)):
+    for key, value in node.items():
+      yield from _values(f'{name}.{key}', value)
+  elif isinstance(node, (list, tuple)):
+    for index, value in enumerate(node):
+      yield from _values(f'{name}[{index}]', value)
+  else:
+    yield name, node
 
 
 def _is_ours(error: ValueError) -> bool:
@@ -254,12 +289,12 @@ def _stop(number: int, frame: Any) -> NoReturn:
 
 
 def _help(argv: Sequence[str]) -> int:
-  page = _page(argv)
-  if page is not None:
+  if _names_page(argv):
     try:
+      page = _page(argv)
       config = _read_flags([f'--config={page}']).config
-    except (ValueError, OSError) as error:
-      return _refuse(ValueError(str(error)))
+    except ValueError as error:
+      return _refuse(error)
     print(_docstring(pathlib.Path(page.partition(':')[0])) + '\n\nIts fields and their values:\n')
     print(config)
     return 0
@@ -267,14 +302,11 @@ def _help(argv: Sequence[str]) -> int:
 
   print(__doc__)
   print('Stages (--config.stage=NAME): ' + ', '.join(stages.RUN) + '\n')
-  pages = sorted(
-    path for path in pathlib.Path('configs').glob('*.py') if path.name != '__init__.py'
-  )
-  print(
-    'Pages under configs/:'
-    if pages
-    else 'Pages: none under configs/ here; run this in the root of the clone.'
-  )
+  pages = sorted(set(pathlib.Path('configs').glob('*.py')) - {pathlib.Path('configs/__init__.py')})
+  if pages:
+    print('Pages under configs/:')
+  else:
+    print('Pages: none under configs/ here; run this in the root of the clone.')
   for path in pages:
     print(f'\n  {path}\n    {_docstring(path).partition(chr(10))[0]}')
   if pages:

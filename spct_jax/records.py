@@ -1,8 +1,8 @@
 """The records that stages exchange, as rows of JSON lines that say what they are.
 
 A row carries its type and version, `{"schema": "trajectory/1", ...}`; a reader that meets another
-type or version says so. Everything comes back exactly as it was; a log-probability that is not
-finite is an error when it is written, not when it is read.
+type or version says so. Everything comes back exactly as it was; a log-probability or a grade that
+is not finite is an error when it is written, and again when it is read.
 
 `uid_hash` is the stable 64-bit name of an example's uid, by BLAKE2b: Python's own `hash` differs
 from one process to the next.
@@ -74,6 +74,8 @@ def to_row(record: Trajectory | Example) -> dict:
     raise ValueError(
       f'trajectory {record.uid!r}, sample {record.sample}: logp has a value that is not finite'
     )
+  if isinstance(record, Example) and not all(map(jsonl.is_finite, record.grades or ())):
+    raise ValueError(f'example {record.uid!r}: grades must be finite, got {record.grades}')
   return {'schema': SCHEMAS[type(record)], **jsonl.plain(record)}
 
 
@@ -81,10 +83,6 @@ def _is(kind: type) -> Any:
   return lambda value: (
     isinstance(value, kind) and not (kind is not bool and isinstance(value, bool))
   )
-
-
-def _number(value: Any) -> bool:
-  return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _list_of(check: Any) -> Any:
@@ -103,7 +101,7 @@ _TRAJECTORY = {
   'hinted': _is(bool),
   'prompt_ids': _list_of(_is(int)),
   'token_ids': _list_of(_is(int)),
-  'logp': _list_of(_number),
+  'logp': _list_of(jsonl.is_finite),
   'text': _is(str),
   'scores': _or_none(_list_of(_is(int))),
   'parse': _is(str),
@@ -113,7 +111,7 @@ _EXAMPLE = {
   'messages': _list_of(_is(dict)),
   'responses': _list_of(_is(str)),
   'label': _or_none(_is(int)),
-  'grades': _or_none(_list_of(_number)),
+  'grades': _or_none(_list_of(jsonl.is_finite)),
   'subset': _is(str),
   'reference': _or_none(_is(str)),
   'principles': _or_none(_is(str)),

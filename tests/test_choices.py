@@ -26,11 +26,13 @@ def test_what_is_wrong_is_said(arg, message):
     choices.parse(arg, smoke=False, seed=0)
 
 
-def test_a_file_with_commas_in_its_name_may_be_last(tmp_path):
+def test_a_file_may_have_commas_in_its_name(tmp_path):
   # Seen to catch: cutting at every comma. JudgeBench's own files are named so.
   path = tmp_path / 'dataset=a,response_model=b.jsonl'
   path.write_text('')
   found = choices.parse(f'smoke,data=judgebench,path={path}', smoke=False, data='', path='')
   assert found == {'smoke': True, 'data': 'judgebench', 'path': str(path)}
+  found = choices.parse(f'path={path},smoke', smoke=False, data='', path='')
+  assert found == {'smoke': True, 'data': '', 'path': str(path)}
   with pytest.raises(ValueError, match='unknown choice'):
     choices.parse('path=x=a,response_model=b.jsonl', path='')

@@ -32,6 +32,7 @@ def get_config(arg=None):
   return ConfigDict({
       'stage': 'probe', 'seed': 0, 'strict': False, 'grpo': {'kl_coef': 0.08, 'ks': (1, 2)},
       'mesh': {'data': 2, 'fsdp': 1, 'tensor': 1}, 'sharding': {'rules': ()}, 'logging': {'every': 1 if arg else 2},
+      'names': ['a', 'b'],
   })
 '''
 
@@ -100,6 +101,17 @@ def test_the_same_command_runs_again_and_another_config_does_not(page, tmp_path,
     (['--nope=1'], "Unknown command line flag 'nope'"),
     (['extra'], "unexpected 'extra'"),
     (['--process_id=0'], 'go together'),
+    # Seen to catch: no check of the values, which leaves them to a late stage or to an overflow.
+    (['--config.seed=-1'], 'config.seed=-1: allowed are whole numbers from 0 to 4294967295'),
+    (['--config.seed=4294967296'], 'config.seed=4294967296: allowed are'),
+    (['--config.seed=99999999999999999999'], 'config.seed=99999999999999999999: allowed are'),
+    (['--config.grpo.kl_coef=nan'], 'config.grpo.kl_coef=nan: allowed are finite numbers'),
+    (['--config.grpo.kl_coef=-inf'], 'config.grpo.kl_coef=-inf: allowed are finite numbers'),
+    (['--config.grpo.ks=(1,1e999)'], 'config.grpo.ks[1]=inf: allowed are finite numbers'),
+    # Seen to catch: every failure taken for one of the page.
+    (['--config.grpo.ks[0]=2'], '--config.grpo.ks[0]: an item of a tuple cannot be set alone'),
+    (['--config.grpo[0]=2'], '--config.grpo[0]: an item of a ConfigDict cannot be set alone'),
+    (['--config.names[7]=x'], '--config.names[7]: cannot be set'),
     (['--coordinator=a:1', '--num_processes=2', '--process_id=2'], 'allowed are 0 to 1'),
 ])  # fmt: skip
 def test_a_mistake_in_the_command_is_code_2_with_a_message_and_no_workdir(
@@ -121,6 +133,22 @@ def test_missing_flags_and_pages_are_named(page, tmp_path, capsys):
   assert main.main([f'--config={page}:bad', '--workdir=w']) == 2
   error = capsys.readouterr().err
   assert "unknown choice 'bad'; this config knows: smoke" in error and 'Traceback' not in error
+
+
+# Seen to catch: --help that reads a page without the checks of a run.
+def test_help_with_a_page_that_is_not_there(tmp_path, capsys):
+  for words in (['--config', '--help'], ['--config=', '--help'], ['--help', '--config']):
+    assert main.main(words) == 2
+    assert capsys.readouterr().err.startswith('error: --config is missing')
+  assert main.main([f'--config={tmp_path}/absent.py:smoke', '--help']) == 2
+  assert f'there is no file {tmp_path}/absent.py' in capsys.readouterr().err
+
+
+def test_a_workdir_below_the_home_folder(page, tmp_path, calls, monkeypatch):
+  monkeypatch.setenv('HOME', str(tmp_path / 'home'))
+  assert main.main([f'--config={page}', '--workdir=~/w', '--config.names[0]=c']) == 0
+  (config, workdir, _), = calls
+  assert workdir.path == tmp_path / 'home' / 'w' and config.names == ['c', 'b']
 
 
 def test_a_page_without_the_common_fields_is_refused(tmp_path, capsys):
@@ -210,8 +238,9 @@ def test_help_and_mistakes_end_a_real_process_before_jax_is_loaded(page, tmp_pat
   # Seen to catch: a module-level import of jax in main (the assertion on sys.modules).
   probe = (
     'import sys; from spct_jax import main; codes = [main.main(["--help"]), '
-    f'main.main(["--config={page}", "--workdir={tmp_path}/w", "--config.nope=1"])]; '
-    'assert "jax" not in sys.modules; sys.exit(codes[0] * 10 + codes[1])'
+    f'main.main(["--config={page}", "--workdir={tmp_path}/w", "--config.nope=1"]), '
+    f'main.main(["--config={page}", "--workdir={tmp_path}/w", "--config.seed=-1"])]; '
+    'assert "jax" not in sys.modules and codes == [0, 2, 2], codes; sys.exit(codes[1])'
   )
   process = _process('-c', probe)
   _, error = process.communicate(timeout=60)

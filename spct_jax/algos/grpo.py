@@ -28,6 +28,7 @@ from spct_jax import masked
 from spct_jax.masked import Array, Number
 
 _MAX_LOG_RATIO = 30.0
+_LEAST_LOG_RATIO = -1e4  # exp of it is 0; k3 is linear there and must keep its slope
 
 
 @jax.jit
@@ -132,4 +133,4 @@ def _shown(x: Float[Array, '*s'], mask: Bool[Array, '*s']) -> Float[Array, '*s']
 
 def _log_ratio(above: Float[Array, '*s'], below: Float[Array, '*s']) -> Float[Array, '*s']:
   difference = jnp.asarray(above).astype(jnp.float32) - jnp.asarray(below).astype(jnp.float32)
-  return jnp.clip(difference, -_MAX_LOG_RATIO, _MAX_LOG_RATIO)
+  return jnp.clip(difference, _LEAST_LOG_RATIO, _MAX_LOG_RATIO)

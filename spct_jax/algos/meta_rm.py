@@ -52,7 +52,7 @@ def top_k(
       meta_score   0.3  1.7  nan  1.7  0.3
       valid         1    1    1    0    1       k_meta 2: samples 1 and 0;  3: and 4;  4 or 5: and 2
   """
-  meta_score, valid = jnp.asarray(meta_score), jnp.asarray(valid)
+  meta_score, valid = jnp.asarray(meta_score), jnp.asarray(valid).astype(bool)
   samples = valid.shape[1]
   if not isinstance(k_meta, jax.core.Tracer):
     k_meta = operator.index(k_meta)

@@ -145,7 +145,7 @@ def parse_failure_rate(
     valid: Bool[Array, 'B K'], sample_mask: Bool[Array, 'B K'] | None = None
 ) -> Float[Array, '']:
   """Share of samples that did not parse, of those in `sample_mask` (None: of all)."""
-  valid = jnp.asarray(valid)
+  valid = jnp.asarray(valid).astype(bool)
   return masked.mean(~valid, jnp.ones(valid.shape, bool) if sample_mask is None else sample_mask)
 
 

@@ -35,7 +35,9 @@ def correct(
       [1, 9, 9, 9]      1      1 0 0 0       yes: n == 1 and the score is the gold score
   """
   scores, valid = jnp.asarray(scores), jnp.asarray(valid)
-  label, response_mask = jnp.asarray(label), jnp.asarray(response_mask)
+  # A mask of 0 and 1 as integers is meant as bool, but its ~ would be truthy everywhere.
+  label, response_mask = jnp.asarray(label), jnp.asarray(response_mask).astype(bool)
+  valid = jnp.asarray(valid).astype(bool)
   responses = response_mask.shape[1]
   single_B1 = jnp.sum(response_mask, axis=1, keepdims=True) == 1
   is_gold_BN = jnp.where(

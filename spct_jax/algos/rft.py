@@ -22,7 +22,7 @@ from spct_jax.masked import Array
 def too_easy(correct: Bool[Array, 'B K'], hinted: Bool[Array, 'B K']) -> Bool[Array, ' B']:
   """Items whose non-hinted samples are all right: also the items that the RL data leaves out (SPCT
   2.5)."""
-  correct, hinted = jnp.asarray(correct), jnp.asarray(hinted)
+  correct, hinted = jnp.asarray(correct).astype(bool), jnp.asarray(hinted).astype(bool)
   return jnp.all(correct | hinted, axis=1) & jnp.any(~hinted, axis=1)
 
 
@@ -30,8 +30,8 @@ def too_easy(correct: Bool[Array, 'B K'], hinted: Bool[Array, 'B K']) -> Bool[Ar
 def keep(correct: Bool[Array, 'B K'], hinted: Bool[Array, 'B K']) -> Bool[Array, 'B K']:
   """Which samples to train on.
 
-  correct   1 1 1 | 1      hinted   0 0 0 | 1      keep   0 0 0 | 1   too easy; the hint stands
-  alone correct   1 0 1 | 0      hinted   0 0 0 | 1      keep   1 0 1 | 0
+      correct   1 1 1 | 1      hinted   0 0 0 | 1      keep   0 0 0 | 1   too easy; the hint stands alone
+      correct   1 0 1 | 0      hinted   0 0 0 | 1      keep   1 0 1 | 0
   """
-  correct, hinted = jnp.asarray(correct), jnp.asarray(hinted)
+  correct, hinted = jnp.asarray(correct).astype(bool), jnp.asarray(hinted).astype(bool)
   return correct & (hinted | ~too_easy(correct, hinted)[:, None])

@@ -51,7 +51,7 @@ def reader(raw: RawRow) -> tuple[Example | Skipped, ...]:
     return (Skipped(raw.where, items.EMPTY_PROMPT),)
   if not all(text.strip() for text in responses):
     return (Skipped(raw.where, items.EMPTY_REPLY),)
-  subset = items.optional_text(raw, ('source',)) or 'all'
+  subset = items.optional_word(raw, ('source',)) or 'all'
   return (
     Example(
       items.uid_of(raw), (Message('user', question),), responses, LABELS[label], subset=subset

@@ -1,7 +1,8 @@
 """The gsm8k readers: grade-school problems, each with one solution by each of several models.
 
 A row is {question, ground_truth, <model>: {is_correct, solution}, ...}. Solutions stay as the
-models wrote them, with their <<3*4=12>> annotations. `ground_truth` becomes the reference answer.
+models wrote them, with their <<3*4=12>> annotations. `ground_truth`, a string or a number, becomes
+the reference answer.
 
     gsm8k_single   each solution is an item of its own: n = 1, label 1 if it is right and 0 if not,
                    uid <row>:<model>, subset = the model
@@ -45,14 +46,13 @@ def _solutions(raw: RawRow) -> dict[str, tuple[str, bool]]:
   if not found:
     raise ValueError(
       f'{raw.where}: no model solutions; columns found: {sorted(raw.row)}; expected question,'
-      f' ground_truth and'
-      ' one column per model that holds {is_correct, solution}'
+      ' ground_truth and one column per model that holds {is_correct, solution}'
     )
   return found
 
 
 def _problem(raw: RawRow) -> tuple[tuple[Message, ...], str]:
-  return (Message('user', items.text_of(raw, 'question')),), items.text_of(raw, 'ground_truth')
+  return (Message('user', items.text_of(raw, 'question')),), items.word_of(raw, 'ground_truth')
 
 
 def read_single(raw: RawRow) -> tuple[Example | Skipped, ...]:

@@ -62,10 +62,10 @@ def split(
   by: str = 'uid',
   may_be_empty: bool = False,
 ) -> Split:
-  """Holds out about the share `fraction` of the examples, 0 < fraction < 1; `by` is 'uid' or 'prompt'.
+  """Holds out about the share `fraction` of the examples, by their 'uid' or 'prompt'.
 
-  An empty part is an error, unless `may_be_empty`: then few items may leave none held out, never none
-  to train on.
+  0 < fraction < 1. An empty part is an error, unless `may_be_empty`: then few items may leave none
+  held out, never none to train on.
   """
   keys = {'uid': lambda example: example.uid, 'prompt': prompt_key}
   if by not in keys:
@@ -88,10 +88,8 @@ def split(
 def _unit(key: str, seed: int) -> float:
   """A number in [0, 1) that depends on the key and the seed only."""
   text = f'{seed}:{key}'.encode()
-  return (
-    int.from_bytes(hashlib.blake2b(text, digest_size=8, person=b'heldout').digest(), 'little')
-    / 2**64
-  )
+  digest = hashlib.blake2b(text, digest_size=8, person=b'heldout').digest()
+  return int.from_bytes(digest, 'little') / 2**64
 
 
 def contamination(train: Iterable[Example], held_out: Iterable[Example]) -> tuple[Shared, ...]:

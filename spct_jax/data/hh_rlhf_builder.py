@@ -1,5 +1,4 @@
-"""A TFDS builder for hh-rlhf that reads local files: no download, no TensorFlow, ArrayRecord on
-disk.
+"""A TFDS builder for hh-rlhf that reads local files, without download and without TensorFlow.
 
 The folder `raw_dir` is laid out as the data is published, one folder per config with the files
 train.jsonl.gz and test.jsonl.gz (either may be missing; they may also be uncompressed):
@@ -14,7 +13,7 @@ examples that the raw file gives. Rows are stored raw and in the order of the fi
 name>:<line>, the uid that the reader gives a row of the raw file. Nothing is filtered here: what
 cannot be used is the reader's to say.
 
-Importing this module imports TFDS.
+The set is stored as ArrayRecord. Importing this module imports TFDS.
 """
 
 from __future__ import annotations
@@ -84,8 +83,7 @@ def raw_files(raw_dir: os.PathLike | str, config: str) -> dict[str, pathlib.Path
   }
   if not found:
     raise ValueError(
-      f'{folder}: no train.jsonl.gz and no test.jsonl.gz there; put at least one of the raw files'
-      f' there'
+      f'{folder}: no train.jsonl.gz and no test.jsonl.gz there; put at least one of them there'
     )
   return found
 

@@ -1,8 +1,8 @@
-"""General instruction data, for the mix of supervised fine-tuning: a conversation and the answer to
-learn.
+"""General instruction data, for the mix of supervised fine-tuning: conversations with an answer.
 
-A row is {messages: [..., assistant]} or {prompt, completion} (also `response`). It becomes an
-Example with one response and no label: `messages` up to the query, and the answer.
+A row is {messages: [..., assistant]} (or `conversations`), or {prompt, completion}, or
+{instruction, input, output}, with the names of columns that `plain` knows. It becomes an Example
+with one response and no label: `messages` up to the query, and the answer.
 """
 
 from __future__ import annotations
@@ -10,31 +10,41 @@ from __future__ import annotations
 import os
 
 from spct_jax.data import items, plain, preference
-from spct_jax.data.items import Skipped
+from spct_jax.data.items import Skipped, Unusable
 from spct_jax.data.preference import Loaded, Reader
 from spct_jax.data.sources import RawRow
 from spct_jax.types import Example
 
-COLUMNS = 'messages that end with an assistant turn, or prompt + completion'
+CONVERSATIONS = ('messages', 'conversations')
+COLUMNS = (
+  'messages (or conversations) that end with an assistant turn, or prompt + completion, or'
+  ' instruction (+ input) + output'
+)
 
 
 def accepts(row: dict) -> bool:
   """Whether the row is a conversation with its answer."""
-  return 'messages' in row or ('prompt' in row and any(name in row for name in plain.SINGLE))
+  prompt = any(name in row for name in plain.PROMPTS)
+  answer = any(name in row for name in plain.SINGLE)
+  return any(name in row for name in CONVERSATIONS) or (prompt and answer)
 
 
 def read(raw: RawRow) -> tuple[Example | Skipped, ...]:
   """One row gives one conversation."""
   if any(name in raw.row for name in plain.SINGLE):
     return plain.read(raw)
-  if 'messages' not in raw.row:
+  name = next((name for name in CONVERSATIONS if name in raw.row), None)
+  if name is None:
     raise ValueError(f'{raw.where}: columns found: {sorted(raw.row)}; expected {COLUMNS}')
-  *context, answer = items.messages_of(raw.row['messages'], raw.where, 'messages')
+  try:
+    *context, answer = items.messages_of(raw.row[name], raw.where, name)
+  except Unusable as unusable:
+    return (Skipped(raw.where, unusable.reason),)
   if answer.role != 'assistant':
     raise ValueError(
-      f"{raw.where}: 'messages' must end with the assistant's answer, not a turn of {answer.role!r}"
+      f"{raw.where}: {name!r} must end with the assistant's answer, not a turn of {answer.role!r}"
     )
-  subset = items.optional_text(raw, ('subset', 'source')) or 'all'
+  subset = items.optional_word(raw, ('subset', 'source')) or 'all'
   example = Example(items.uid_of(raw), tuple(context), (answer.content,), subset=subset)
   return (items.usable(example, raw.where),)
 

@@ -1,5 +1,4 @@
-"""What all readers share: ids, messages, the skips and their names, and where the best response
-stands.
+"""What all readers share: ids, messages, the skips, and where the best response stands.
 
 An item that cannot be used is no error but data: a `Skipped` with one of the reasons below, which
 `load` counts and names. What is wrong with a *file* (a missing column, a wrong type) is a
@@ -15,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,11 +29,15 @@ EMPTY_PROMPT = 'empty prompt'
 EMPTY_REPLY = 'empty reply'
 PREFIXES = 'prefixes differ'  # the responses answer different conversations
 NOT_ONE_REPLY = 'not one assistant turn'  # what follows the prompt is not exactly one answer
+NOT_TEXT = 'not text'  # a message has a part that is an image, a sound, ...
+TOOLS = 'tool turns'  # a message calls a tool, or holds what a tool returned
 
-IDS = ('id', 'uid', 'pair_id', 'prompt_id')
+IDS = ('id', 'uid', 'pair_id')  # not prompt_id: two pairs may share a prompt
 ROLES = {
-  'system': 'system', 'user': 'user', 'human': 'user', 'assistant': 'assistant', 'gpt': 'assistant',
+  'system': 'system', 'developer': 'system', 'user': 'user', 'human': 'user',
+  'assistant': 'assistant', 'gpt': 'assistant',
 }  # fmt: skip
+TOOL_ROLES = ('tool', 'function', 'function_call', 'observation')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +46,14 @@ class Skipped:
 
   where: str
   reason: str
+
+
+class Unusable(Exception):
+  """Ends the reading of a row that is to be skipped: its reader turns `reason` into a `Skipped`."""
+
+  def __init__(self, reason: str):
+    super().__init__(reason)
+    self.reason = reason
 
 
 def uid_of(raw: RawRow) -> str:
@@ -69,16 +81,37 @@ def text_of(raw: RawRow, name: str) -> str:
   return value
 
 
-def optional_text(raw: RawRow, names: Sequence[str]) -> str | None:
-  """The first of the columns that is there and not null, a string; None if none is."""
-  for name in names:
-    if raw.row.get(name) is not None:
-      return text_of(raw, name)
-  return None
+def word_of(raw: RawRow, name: str) -> str:
+  """A column that must be a string or a number; a number becomes the text of it."""
+  value = raw.row.get(name)
+  if isinstance(value, float) and math.isfinite(value):
+    return str(value)
+  if isinstance(value, int) and not isinstance(value, bool):
+    return str(value)
+  if not isinstance(value, str):
+    raise ValueError(
+      f'{raw.where}: {name!r} must be a string or a finite number, got {_kind(value)}; columns'
+      f' found: {sorted(raw.row)}'
+    )
+  return value
+
+
+def optional_text(raw: RawRow, name: str) -> str | None:
+  """A column that is a string if it is there; None if it is not."""
+  return text_of(raw, name) if name in raw.row else None
+
+
+def optional_word(raw: RawRow, names: Sequence[str]) -> str | None:
+  """The first of the columns that is there, a string or a number; None if none is."""
+  return next((word_of(raw, name) for name in names if name in raw.row), None)
 
 
 def messages_of(value: Any, where: str, name: str) -> tuple[Message, ...]:
-  """A list of {role, content} or {from, value} objects as messages."""
+  """A list of {role, content} or {from, value} objects as messages.
+
+  The content is a string or a list of parts {type: 'text', text}, which are joined as they are.
+  Unusable if a part is no text, or if a message is one of a tool.
+  """
   if not isinstance(value, list) or not value:
     raise ValueError(
       f'{where}: {name!r} must be a list of messages that is not empty, got {_kind(value)}'
@@ -87,23 +120,40 @@ def messages_of(value: Any, where: str, name: str) -> tuple[Message, ...]:
 
 
 def _message(item: Any, where: str, name: str) -> Message:
-  keys = ('role', 'content') if isinstance(item, dict) and 'role' in item else ('from', 'value')
-  if not isinstance(item, dict) or not all(isinstance(item.get(key), str) for key in keys):
+  fields = item if isinstance(item, dict) else {}
+  given, content = fields.get('role'), fields.get('content')
+  if given is None:
+    given, content = fields.get('from'), fields.get('value')
+  role = given.strip().lower() if isinstance(given, str) else None
+  if role in TOOL_ROLES or fields.get('tool_calls'):
+    raise Unusable(TOOLS)
+  text = _text(content)
+  if role is None or text is None:
     raise ValueError(
-      f'{where}: a message of {name!r} must have the strings role and content (or from and value),'
-      f' got {item!r:.80}'
+      f'{where}: a message of {name!r} must have the strings role and content (or from and value;'
+      f" content may be a list of parts {{type: 'text', text}}), got {item!r:.80}"
     )
-  role = item[keys[0]].strip().lower()
   if role not in ROLES:
     raise ValueError(
-      f'{where}: role {item[keys[0]]!r} in {name!r} is unknown; allowed are {", ".join(ROLES)}'
+      f'{where}: role {given!r} in {name!r} is unknown; allowed are {", ".join(ROLES)}'
     )
-  return Message(ROLES[role], item[keys[1]])
+  return Message(ROLES[role], text)
+
+
+def _text(content: Any) -> str | None:
+  """The text of a message; None if it is neither a string nor a list of parts."""
+  if not isinstance(content, list):
+    return content if isinstance(content, str) else None
+  if not all(isinstance(part, dict) and isinstance(part.get('type'), str) for part in content):
+    return None
+  if any(part['type'] != 'text' for part in content):
+    raise Unusable(NOT_TEXT)
+  texts = [part.get('text') for part in content]
+  return ''.join(texts) if all(isinstance(text, str) for text in texts) else None
 
 
 def positions(uid: str, n: int) -> tuple[int, ...]:
-  """A permutation of range(n) drawn from the uid: `positions(uid, n)[i]` is the index that item i
-  gets."""
+  """A permutation of range(n) drawn from the uid; item i gets the index `positions(uid, n)[i]`."""
   digest = hashlib.blake2b(uid.encode('utf-8'), digest_size=8, person=b'positions').digest()
   keys = np.random.Philox(key=int.from_bytes(digest, 'little')).random_raw(n)
   return tuple(int(index) for index in np.argsort(keys, kind='stable'))

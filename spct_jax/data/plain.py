@@ -1,8 +1,9 @@
 """The plain reader: the common ways to write a preference in a row of named columns.
 
-The prompt is one of `prompt`, `question`, `instruction`, `query` (a string, or a list of messages)
-or `messages` (a list); the first that is there counts. `system` may add a system turn. The answers
-are one of
+The prompt is one of `prompt`, `question`, `instruction`, `query` (a string, or a list of messages),
+`messages` or `conversations` (a list); the first that is there counts. `input`, if it is not empty,
+is put below an `instruction`, after an empty line. `system`, if it is not empty, adds a system
+turn. The answers are one of
 
     chosen, rejected         each a string, a message, a conversation, or a list of strings (one
                              best, several worse). Without a prompt column both are conversations,
@@ -11,30 +12,32 @@ are one of
                              the best; 0 or 1 as a gold score if there is only one response) and/or
                              `grades` or `scores` (a number per response; the highest is best).
                              Neither: unlabelled.
-    completion or response   one string or message, with `label` true/false or 1/0 (n = 1).
-                             None: unlabelled.
+    completion, response     one string or message, with `label` true/false or 1/0 (n = 1).
+    or output                None: unlabelled.
 
-Also read: `id` (or `uid`, `pair_id`, `prompt_id`), `subset` (or `source`), `reference` (or
-`reference_answer`, `ground_truth`), `principles`. Other columns are passed over.
+A message is {role, content} or {from, value}; its content is a string or a list of text parts. Also
+read: `id` (or `uid`, `pair_id`), `subset` (or `source`), `reference` (or `reference_answer`,
+`ground_truth`), `principles`; a number as subset or reference becomes text. Other columns are
+passed over, and so is a column that is null.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+from spct_jax import jsonl
 from spct_jax.data import items
-from spct_jax.data.items import Skipped
+from spct_jax.data.items import Skipped, Unusable
 from spct_jax.data.sources import RawRow
 from spct_jax.types import Example, Message
 
-PROMPTS = ('prompt', 'question', 'instruction', 'query', 'messages')
-SINGLE = ('completion', 'response')
+PROMPTS = ('prompt', 'question', 'instruction', 'query', 'messages', 'conversations')
+SINGLE = ('completion', 'response', 'output')
 GRADES = ('grades', 'scores')
 FORMATS = (
-  'a prompt (prompt, question, instruction, query or messages) with chosen + rejected, or responses'
-  ' +'
-  ' label/grades/scores, or completion/response + label; or chosen + rejected as whole'
-  ' conversations'
+  'a prompt (prompt, question, instruction (+ input), query, messages or conversations) with chosen'
+  ' + rejected, or responses + label/grades/scores, or completion/response/output + label; or'
+  ' chosen + rejected as whole conversations'
 )
 
 Completion = str | tuple[Message, ...]  # a reply, or messages that end with it
@@ -43,8 +46,7 @@ Completion = str | tuple[Message, ...]  # a reply, or messages that end with it
 def accepts(row: dict) -> bool:
   """Whether the columns of a row are those of this reader."""
   pair = 'chosen' in row and 'rejected' in row
-  prompt = any(row.get(name) is not None for name in PROMPTS)
-  if prompt:
+  if any(name in row for name in PROMPTS):
     return pair or 'responses' in row or any(name in row for name in SINGLE)
   return pair and not isinstance(row['chosen'], str)
 
@@ -64,10 +66,13 @@ def read(raw: RawRow) -> tuple[Example | Skipped, ...]:
     what = ' and '.join(forms) if forms else 'no column of answers'
     raise ValueError(
       f'{raw.where}: found {what}; columns found: {sorted(raw.row)}; expected {FORMATS}: rename or'
-      f' remove columns'
+      ' remove columns'
     )
   read_form = {'chosen + rejected': _pair, 'responses': _list, 'completion': _single}[forms[0]]
-  item = read_form(raw, _prompt(raw))
+  try:
+    item = read_form(raw, _prompt(raw))
+  except Unusable as unusable:
+    item = Skipped(raw.where, unusable.reason)
   return (item if isinstance(item, Skipped) else items.usable(item, raw.where),)
 
 
@@ -83,9 +88,9 @@ def _example(
     messages=prompt,
     responses=responses,
     label=label,
-    subset=items.optional_text(raw, ('subset', 'source')) or 'all',
-    reference=items.optional_text(raw, ('reference', 'reference_answer', 'ground_truth')),
-    principles=items.optional_text(raw, ('principles',)),
+    subset=items.optional_word(raw, ('subset', 'source')) or 'all',
+    reference=items.optional_word(raw, ('reference', 'reference_answer', 'ground_truth')),
+    principles=items.optional_text(raw, 'principles'),
     **graded,
   )
 
@@ -95,12 +100,14 @@ def _example(
 
 def _prompt(raw: RawRow) -> tuple[Message, ...] | None:
   """The conversation before the responses; None where the row has no prompt column."""
-  for name in PROMPTS:
-    value = raw.row.get(name)
-    if value is not None:
-      break
-  else:
+  name = next((name for name in PROMPTS if name in raw.row), None)
+  if name is None:
     return None
+  value = raw.row[name]
+  below = items.optional_text(raw, 'input') if name == 'instruction' else None
+  if below is not None and below.strip():
+    instruction = items.text_of(raw, name)
+    value = f'{instruction}\n\n{below}' if instruction.strip() else below
   if isinstance(value, str):
     prompt = (Message('user', value),)
   elif isinstance(value, list):
@@ -109,8 +116,8 @@ def _prompt(raw: RawRow) -> tuple[Message, ...] | None:
     raise ValueError(
       f'{raw.where}: {name!r} must be a string or a list of messages, got {type(value).__name__}'
     )
-  system = items.optional_text(raw, ('system',))
-  return prompt if system is None else (Message('system', system), *prompt)
+  system = items.optional_text(raw, 'system')
+  return (Message('system', system), *prompt) if system and system.strip() else prompt
 
 
 def _completion(value: Any, where: str, name: str) -> Completion:
@@ -120,16 +127,14 @@ def _completion(value: Any, where: str, name: str) -> Completion:
 
 
 def _completions(value: Any, where: str, name: str) -> list[Completion]:
-  """The answers of `chosen` or `rejected`: a list of messages is one answer, any other list is
-  several."""
+  """The answers of `chosen` or `rejected`: a list of messages is one, any other list several."""
   if isinstance(value, list) and value and not all(isinstance(item, dict) for item in value):
     return [_completion(item, where, name) for item in value]
   return [_completion(value, where, name)]
 
 
 def _reply(completion: Completion, prompt: tuple[Message, ...], where: str) -> str | Skipped:
-  """The text of one reply: a string, one assistant turn, or the prompt followed by one assistant
-  turn."""
+  """The text of one reply: a string, or one assistant turn, alone or after the prompt."""
   if isinstance(completion, str):
     return completion
   tail = completion
@@ -238,12 +243,10 @@ def _grades(raw: RawRow, n: int) -> tuple[float, ...] | None:
     value = raw.row.get(name)
     if value is None:
       continue
-    numbers = isinstance(value, list) and all(
-      isinstance(grade, (int, float)) and not isinstance(grade, bool) for grade in value
-    )
-    if not numbers or len(value) != n:
+    if not isinstance(value, list) or len(value) != n or not all(map(jsonl.is_finite, value)):
       raise ValueError(
-        f'{raw.where}: {name!r} must be {n} numbers, one per response, got {value!r:.80}'
+        f'{raw.where}: {name!r} must be {n} numbers, one per response and each finite,'
+        f' got {value!r:.80}'
       )
     return tuple(float(grade) for grade in value)
   return None
@@ -251,7 +254,7 @@ def _grades(raw: RawRow, n: int) -> tuple[float, ...] | None:
 
 def _gold(raw: RawRow, label: Any) -> int | None:
   """The gold score of a single response."""
-  if label is not None and (not isinstance(label, int) or label not in (0, 1)):
+  if label is not None and (not isinstance(label, (int, float)) or label not in (0, 1)):
     raise ValueError(
       f"{raw.where}: 'label' of a single response must be true or false (1 or 0), got {label!r}"
     )

@@ -13,7 +13,7 @@ import dataclasses
 import itertools
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from spct_jax.data import gsm8k, plain, sources, transcripts
 from spct_jax.data.items import Skipped
@@ -25,8 +25,7 @@ _NAMED = 10  # how many places a message names per reason
 
 @dataclasses.dataclass(frozen=True)
 class Reader:
-  """One format: `read` turns a row into items, `accepts` recognises its columns, `columns` names
-  them."""
+  """One format: `read` makes items of a row, `accepts` knows its columns, `columns` names them."""
 
   read: Callable[[RawRow], tuple[Example | Skipped, ...]]
   accepts: Callable[[dict], bool]
@@ -66,8 +65,7 @@ class Loaded:
     unlabelled = sum(example.label is None for example in self.examples)
     lines = [
       f'{self.source}: {len(self.examples)} items ({shape}), read as {self.reader!r} from the'
-      f' columns'
-      f' {", ".join(self.columns)}'
+      f' columns {", ".join(self.columns)}'
     ]
     if unlabelled:
       lines.append(f'  {unlabelled} items have no label')
@@ -143,8 +141,7 @@ def _check_new(uid: str, where: str, places: dict[str, str]) -> None:
   if uid in places:
     raise ValueError(
       f'duplicate id {uid!r}: {where} and {places[uid]}; ids key the randomness and join the'
-      f' records, so give each'
-      ' item its own (or remove the id column: then file and line are the id)'
+      ' records, so give each item its own (or remove the id column: then file and line are the id)'
     )
   places[uid] = where
 
@@ -161,10 +158,3 @@ def detect(raw: RawRow, readers: Mapping[str, Reader] = READERS) -> str:
     )
   formats = '\n  '.join(f'{name}: {reader.columns}' for name, reader in readers.items())
   raise ValueError(f'{columns}; they fit no reader. Accepted formats:\n  {formats}')
-
-
-def check_unique(examples: Iterable[Example]) -> None:
-  """Raises if two examples share a uid, as those of two files that are put together may."""
-  places: dict[str, str] = {}
-  for number, example in enumerate(examples):
-    _check_new(example.uid, f'item {number}', places)

@@ -32,12 +32,19 @@ BUILTIN = {
 
 @dataclasses.dataclass(frozen=True)
 class RawRow:
-  """One row as it stands in its source; `line` counts from 1 (in a JSON list: the position of the
-  item)."""
+  """One row of a source; `line` counts from 1 (in a JSON list: the position of the item).
+
+  A null column is dropped from `row`: where several data sets were put under one schema, null
+  stands for a column that the row does not have.
+  """
 
   row: dict
   file: str
   line: int
+
+  def __post_init__(self) -> None:
+    there = {name: value for name, value in self.row.items() if value is not None}
+    object.__setattr__(self, 'row', there)
 
   @property
   def where(self) -> str:
@@ -51,8 +58,7 @@ class RawRow:
 
 
 def read(path: os.PathLike | str) -> Iterator[RawRow]:
-  """Yields the rows of a source; ValueError if it is missing, empty, of another format or
-  malformed."""
+  """Yields the rows of a source; ValueError if it is missing, empty, malformed or no JSON."""
   name = os.fspath(path)
   if name.startswith('tfds:'):
     yield from read_tfds(*_tfds_name(name))
@@ -95,7 +101,7 @@ def _locate(name: str) -> pathlib.Path:
 
 
 def _suffix(name: str) -> str:
-  return pathlib.PurePath(name.removesuffix('.gz')).suffix.lower()
+  return pathlib.PurePath(name.lower().removesuffix('.gz')).suffix
 
 
 def _rows(file: pathlib.Path) -> Iterator[tuple[int, dict]]:
@@ -133,8 +139,7 @@ def _tfds_name(name: str) -> tuple[str, str, str | None]:
 
 
 def read_tfds(name: str, split: str, data_dir: os.PathLike | str | None = None) -> Iterator[RawRow]:
-  """Yields the rows of one split of a TFDS set that was prepared in ArrayRecord format under
-  `data_dir`.
+  """Yields the rows of one split of a TFDS set, prepared in ArrayRecord format under `data_dir`.
 
   bytes become text and arrays become lists, so that a row looks as it would in a JSON file. Without
   `data_dir`, TFDS looks in its own folder (TFDS_DATA_DIR). Nothing is downloaded.
@@ -145,13 +150,11 @@ def read_tfds(name: str, split: str, data_dir: os.PathLike | str | None = None) 
   try:
     builder = tfds.builder(name, data_dir=data_dir)
     source = builder.as_data_source(split=split)
-  except (
-    Exception
-  ) as error:  # TFDS raises many kinds: not found, no such split, not prepared, wrong format
+  # TFDS raises many kinds: not found, no such split, not prepared, wrong format.
+  except Exception as error:
     raise ValueError(
       f'{where}: cannot be read ({type(error).__name__}: {_first_line(error)}); prepare it first'
-      f' with'
-      " file_format='array_record', and give the folder that it was prepared in"
+      " with file_format='array_record', and give the folder that it was prepared in"
     ) from error
   if not len(source):
     raise ValueError(f'{where}: is empty')
@@ -164,8 +167,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _from_tfds(value: Any) -> Any:
-  """The plain value of a TFDS feature; a sequence of dicts, stored as a dict of arrays, stays
-  one."""
+  """The plain value of a TFDS feature; a sequence of dicts stays what it is, a dict of arrays."""
   if isinstance(value, bytes):
     return value.decode('utf-8')
   if isinstance(value, dict):

@@ -17,14 +17,16 @@ from __future__ import annotations
 import fractions
 import functools
 import hashlib
+import math
 
 import numpy as np
 
 
 def stage_seed(seed: int, stage: str) -> int:
-  """A seed of its own for each stage, so that two stages over equally many rows do not share an order."""
+  """A seed for each stage, so that two stages over equally many rows do not share an order."""
   name = f'{seed}:{stage}'.encode()
-  return int.from_bytes(hashlib.blake2b(name, digest_size=4, person=b'data order').digest(), 'little')
+  digest = hashlib.blake2b(name, digest_size=4, person=b'data order').digest()
+  return int.from_bytes(digest, 'little')
 
 
 def indices(seed: int, step: int, batch_size: int, size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -45,18 +47,20 @@ def mix(
   """(source int32[batch], row int64[batch], visit int32[batch]) of batch `step` over two sources.
 
   Source 1 gets the share `fraction` of the sequence, evenly spread: of its first p positions, for
-  any p, floor(p * fraction) are of source 1. Each source has epochs of its own.
+  any p, floor(p * fraction) are of source 1, where the fraction is the decimal number that it is
+  written as (0.29 is 29/100). Each source has epochs of its own.
   """
   if not 0 <= fraction <= 1:
     raise ValueError(f'fraction is the share of the second source, from 0 to 1, got {fraction}')
   # An exact ratio: in floats, 100 * 0.29 is below 29.
-  share = fractions.Fraction(fraction).limit_denominator(1_000_000)
+  share = fractions.Fraction(str(float(fraction)))
   used = tuple(size for size, part in zip(sizes, (1 - share, share), strict=True) if part > 0)
   _check(seed, step, batch_size, used)
   position = _positions(step, batch_size)
-  before = position * share.numerator // share.denominator  # positions of source 1 before this one
-  after = (position + 1) * share.numerator // share.denominator
-  source = (after - before).astype(np.int32)
+  # Positions of source 1 before each one. Integers of Python: 64 bits would overflow at 1e-17.
+  bounds = range(step * batch_size, (step + 1) * batch_size + 1)
+  taken = np.array([math.floor(p * share) for p in bounds], np.int64)
+  before, source = taken[:-1], np.diff(taken).astype(np.int32)
   row, visit = np.empty(batch_size, np.int64), np.empty(batch_size, np.int32)
   for which, ordinal in enumerate((position - before, before)):
     mine = source == which
@@ -90,13 +94,11 @@ def _rows(
   return row, epoch.astype(np.int32)
 
 
-@functools.lru_cache(
-  maxsize=4
-)  # neighbouring steps share an epoch; the value is a constant of its arguments
+# Neighbouring steps share an epoch; the value is a constant of its arguments.
+@functools.lru_cache(maxsize=4)
 def _permutation(seed: int, source: int, epoch: int, size: int) -> np.ndarray:
   stream = np.random.Philox(key=np.array([seed, epoch], np.uint64), counter=[0, 0, 0, source])
-  order = np.argsort(
-    stream.random_raw(size), kind='stable'
-  )  # raw bits: numpy promises not to change them
+  # Raw bits: numpy promises not to change them.
+  order = np.argsort(stream.random_raw(size), kind='stable')
   order.setflags(write=False)
   return order

@@ -1,7 +1,6 @@
 """The hh_rlhf reader: two whole transcripts of one conversation, `chosen` and `rejected`.
 
-    "\\n\\nHuman: Hello\\n\\nAssistant: Hi, how can I help?\\n\\nHuman: ...\\n\\nAssistant: <the"
-    " reply>"
+    \\n\\nHuman: Hello\\n\\nAssistant: Hi, how can I help?\\n\\nHuman: ...\\n\\nAssistant: <reply>
 
 Everything before the last "\\n\\nAssistant:" is the prompt, which both share; the rest is the
 reply. Spaces around a turn are dropped. Two turns of one role in a row (1 % of the rows) stay two
@@ -13,6 +12,9 @@ Skipped and counted, 9 of 2,312 rows of harmless-base/test and 15 of 2,354 of he
     empty reply           4 + 4   teaches to spot emptiness; in the four of harmless-base the
                                   empty reply is even the chosen one
     identical responses   0 + 2
+
+None of those rows is skipped as 'not one assistant turn': a turn of the human after the last one of
+the assistant, or two of the assistant at the end.
 """
 
 from __future__ import annotations
@@ -53,21 +55,21 @@ def read(raw: RawRow) -> tuple[Example | Skipped, ...]:
     text = items.text_of(raw, name)
     if not text.startswith('\n\nHuman:') or _REPLY not in text:
       raise ValueError(
-        f"{raw.where}: {name!r} is no transcript that begins with '\\n\\nHuman:' and has a"
-        f" '\\n\\nAssistant:' turn:"
-        f' {text[:50]!r}'
+        f"{raw.where}: {name!r} is no transcript that begins with '\\n\\nHuman:' and has a turn"
+        f" '\\n\\nAssistant:': {text[:50]!r}"
       )
     prefix, _, reply = text.rpartition(_REPLY)
     prefixes.append(prefix)
-    replies.append(reply.strip())
+    replies.append(reply)
   if prefixes[0] != prefixes[1]:
     return (Skipped(raw.where, items.PREFIXES),)
   messages = turns(prefixes[0])
-  if (
-    messages[-1].role != 'user'
-  ):  # 'Assistant:' twice: the first one is an unfinished turn of the prompt
+  # 'Assistant:' twice (the first one is then an unfinished turn of the prompt), or a last turn of
+  # the human.
+  if messages[-1].role != 'user' or any(map(_TURN.search, replies)):
     return (Skipped(raw.where, items.NOT_ONE_REPLY),)
   uid = items.uid_of(raw)
-  responses, label = items.place(uid, replies[0], replies[1:])
-  subset = items.optional_text(raw, ('subset',)) or 'all'
+  chosen, rejected = (reply.strip() for reply in replies)
+  responses, label = items.place(uid, chosen, [rejected])
+  subset = items.optional_word(raw, ('subset',)) or 'all'
   return (items.usable(Example(uid, messages, responses, label, subset=subset), raw.where),)

@@ -4,14 +4,19 @@ The input is the completion alone, never the prompt, whose own `\boxed{x, x}` wo
 order:
 
 1. A sample that ran into its length limit fails as `truncated`, whatever it holds.
-2. Only what follows the last `</think>` counts; a `<think>` opened there and not closed fails.
-3. A score line starts with `Scores`, `Score`, `Final Scores` or `Output` (behind any Markdown) and
-   holds a `\boxed{`, on the line or alone on the next one. From the first score line on, all boxes
-   must say the same: a model that runs on and judges a second example of its own making fails as
-   `disagree`.
+2. Only what follows a thought counts: what follows the last `</think>` that closes a `<think>` or
+   `<thinking>`, and, if the prompt had opened the thought, what follows a `</think>` that closes
+   none, as long as a `\boxed{` or a `Scores:` or `Score:` line comes after it. A `<think>` counts at
+   the start of the text or of a line only, elsewhere it is a mention; one left open fails.
+3. A score line starts with one of the labels `Scores`, `Final Scores`, `Overall Scores` (behind any
+   Markdown, in any case) and holds a `\boxed{`, on the line behind a colon, or with nothing but
+   signs and blanks between. Where no line does so, one with `Score`, `Final Score`,
+   `Overall Score`, `Output`, `Final Output` or `Overall Output` is taken: these also name single
+   marks and quoted answers. From the first such line on, all boxes must say the same: a model that
+   runs on and judges a second example of its own making fails as `disagree`.
 4. Without a score line the last complete box counts. A box left open after it fails as
-   `unclosed_box`, and a `Scores:` after it that gives no box fails as `no_box`: an earlier box is
-   not the verdict.
+   `unclosed_box`. A `Scores:` or `Score:` line that gives no box and stands after the last box fails
+   as `no_box`, unless a plural label had a box before: an earlier box is not the verdict.
 5. The box holds exactly n integers in ASCII digits, separated by commas, each within [low, high]:
    no signs, fractions, leading zeros, words, `8/10`, full-width digits or nested commands.
 
@@ -30,11 +35,15 @@ KINDS = (
     'unclosed_think', 'unclosed_box', 'truncated',
 )
 
-_THINK = re.compile(r'<(/?)think(?:ing)?>', re.IGNORECASE | re.ASCII)
+_THINK = re.compile(
+    r'(?P<opening>^[^\S\n]*<think(?:ing)?>)|</think(?:ing)?>',
+    re.IGNORECASE | re.ASCII | re.MULTILINE,
+)
 _BRACES = re.compile(r'\\boxed\{|\\[{}]|[{}]')
 _LABEL = re.compile(
     r'^[ \t>*_#`~+\-|]*(?:\d{1,2}[.)][ \t*_]*)?'
-    r'(?:(?:final|overall)[ \t]+)?(?:(scores?)|output)\b[ \t*_`~]*(:?)',
+    r'(?:(?:final|overall)[ \t]+)?'
+    r'(?:(?P<score>score(?P<plural>s)?)|output)\b[ \t*_`~]*(?P<colon>:?)',
     re.IGNORECASE | re.ASCII | re.MULTILINE,
 )
 _BEFORE_BOX = re.compile(r'[\s*_`~$<(\[>]*')
@@ -71,25 +80,40 @@ def read(text: str, n: int, low: int = 1, high: int = 10, truncated: bool = Fals
     return Parsed(None, 'empty')
   closed, opened = _boxes(answer)
   start, last_label = _score_lines(answer, sorted([box[0] for box in closed] + opened))
-  if start is not None:
-    if any(at >= start for at in opened):
-      return Parsed(None, 'unclosed_box')
-    return _agreed([_content(answer[a:b], n, low, high) for a, b in closed if a >= start])
   last = max((a for a, _ in closed), default=-1)
-  if any(at > last for at in opened):
+  if any(at >= (last if start is None else start) for at in opened):
     return Parsed(None, 'unclosed_box')
   if last < last_label or last < 0:
     return Parsed(None, 'no_box')
+  if start is not None:
+    return _agreed([_content(answer[a:b], n, low, high) for a, b in closed if a >= start])
   return _content(answer[last:dict(closed)[last]], n, low, high)
 
 
 def _after_thinking(text: str) -> str | None:
   """What follows the last closed thought; None where a thought is left open."""
-  start, is_open = 0, False
+  start, is_open, unopened = 0, False, []
   for tag in _THINK.finditer(text):
-    is_open = not tag[1]
-    start = start if is_open else tag.end()
-  return None if is_open else text[start:]
+    if tag['opening']:
+      is_open = True
+    elif is_open:
+      start, is_open, unopened = tag.end(), False, []
+    else:
+      unopened.append(tag)
+  if is_open:
+    return None
+  end = len(text)
+  for tag in reversed(unopened):
+    if _tries_a_verdict(text[tag.end() : end]):
+      return text[tag.end() :]
+    end = tag.start()
+  return text[start:]
+
+
+def _tries_a_verdict(text: str) -> bool:
+  return r'\boxed{' in text or any(
+      label['score'] and label['colon'] for label in _LABEL.finditer(text)
+  )
 
 
 def _boxes(text: str) -> tuple[list[tuple[int, int]], list[int]]:
@@ -110,21 +134,25 @@ def _boxes(text: str) -> tuple[list[tuple[int, int]], list[int]]:
 def _score_lines(text: str, boxes: list[int]) -> tuple[int | None, int]:
   """Where the first score line starts (or None), and where the last bare `Scores:` does (or -1).
 
-  `boxes` holds the starts of the contents of all boxes, ascending.
+  Behind a line with a plural label no bare one is looked for. `boxes` holds the starts of the
+  contents of all boxes, ascending.
   """
-  last_label, following = -1, 0
+  start, last_label, following = None, -1, 0
   for label in _LABEL.finditer(text):
     while following < len(boxes) and boxes[following] < label.end():
       following += 1
     if following < len(boxes):
       box = boxes[following] - len(r'\boxed{')
       line_end = text.find('\n', label.end())
-      on_line = label[2] and (line_end < 0 or box < line_end)
+      on_line = label['colon'] and (line_end < 0 or box < line_end)
       if on_line or _BEFORE_BOX.fullmatch(text, label.end(), box):
-        return label.start(), last_label
-    if label[1] and label[2]:
+        if label['plural']:
+          return label.start(), -1
+        start = label.start() if start is None else start
+        continue
+    if label['score'] and label['colon']:
       last_label = label.start()
-  return None, last_label
+  return start, last_label
 
 
 def _agreed(parsed: list[Parsed]) -> Parsed:

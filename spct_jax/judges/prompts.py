@@ -213,7 +213,7 @@ def _frame(text: str) -> list[Span]:
 
 
 def _fill(template: Template, file: str, values: dict[str, list[Span]]) -> list[Span]:
-  """The spans of a template file with its slots filled; neighbouring frame text becomes one span."""
+  """The spans of a template file with its slots filled (`encode` joins neighbouring frame spans)."""
   spans = []
   swallow = False
   for place, piece in enumerate(template.files[file]):
@@ -224,15 +224,10 @@ def _fill(template: Template, file: str, values: dict[str, list[Span]]) -> list[
     else:
       spans += values[piece]
       swallow = piece in _OPTIONAL and not values[piece]
-  merged: list[Span] = []
-  for span in spans:
-    if merged and not span.data and not merged[-1].data:
-      merged[-1] = Span(merged[-1].text + span.text, data=False)
-    elif span.text or span.data:
-      merged.append(span)
-  if merged and not merged[-1].data:
-    merged[-1] = Span(merged[-1].text.removesuffix('\n'), data=False)
-  return merged
+  spans = [span for span in spans if span.text or span.data]
+  if spans and not spans[-1].data:
+    spans[-1] = Span(spans[-1].text.removesuffix('\n'), data=False)
+  return spans
 
 
 def orders(

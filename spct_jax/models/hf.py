@@ -9,6 +9,7 @@ heads as an axis of their own, stacked over the period. Rotary pairs are half-sp
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 import pathlib
@@ -66,16 +67,24 @@ def read_config(folder: str | os.PathLike, dtype: str = 'float32') -> ModelConfi
 
 
 def load(
-    folder: str | os.PathLike, dtype: Any = 'float32', mesh: Any = None, rules: Any = None
+    folder: str | os.PathLike,
+    dtype: Any = 'float32',
+    mesh: Any = None,
+    rules: Any = None,
+    vocab_multiple: int | None = None,
 ) -> tuple[Transformer, dict]:
   """`(model, params)` of a folder, computing and stored in `dtype`; with a mesh, placed by the sharding rules.
+
+  The vocabulary is padded to a multiple of `vocab_multiple`, by default of the number of devices in the mesh.
 
   Tensors are read as their place on a device is filled, so the host never holds the model.
   """
   if (mesh is None) != (rules is None):
     raise ValueError('load: got one of mesh and rules; give both to shard the parameters, or neither')
   folder, dtype = pathlib.Path(folder), jnp.dtype(dtype)
-  settings = read_config(folder, dtype.name)
+  if vocab_multiple is None:
+    vocab_multiple = 1 if mesh is None else int(mesh.size)
+  settings = dataclasses.replace(read_config(folder, dtype.name), vocab_multiple=vocab_multiple)
   model = Transformer(settings)
   abstract = model.abstract_params()
   if mesh is None:
@@ -221,7 +230,10 @@ def _open(folder, stack):
   """Tensor name -> the open file it is in."""
   index = folder / 'model.safetensors.index.json'
   if index.is_file():
-    files = sorted(set(json.loads(index.read_text())['weight_map'].values()))
+    listed = json.loads(index.read_text())
+    if not isinstance(listed, dict) or 'weight_map' not in listed:
+      raise ValueError(f'{index}: no weight_map in it, so it names no files; the download is damaged')
+    files = sorted(set(listed['weight_map'].values()))
   elif (folder / 'model.safetensors').is_file():
     files = ['model.safetensors']
   else:

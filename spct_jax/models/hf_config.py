@@ -167,13 +167,18 @@ def _require(where, fields, name, default, allowed):
 
 
 def _num_labels(fields):
-  return len(fields['id2label']) if 'id2label' in fields else _given(fields, 'num_labels', 2)
+  return len(fields['id2label']) if fields.get('id2label') else _given(fields, 'num_labels', 2)
 
 
 def _rope(where, fields):
   """(theta, scaling) from `rope_parameters` or from the older `rope_theta` and `rope_scaling`."""
   found = {'rope_theta': fields.get('rope_theta')} | (fields.get('rope_scaling') or {})
   found |= fields.get('rope_parameters') or {}
+  nested = sorted(name for name, value in found.items() if isinstance(value, dict))
+  if nested:
+    raise ValueError(
+        f'{where}: rope_parameters differ by layer type ({", ".join(nested)}); supported is one setting for all layers'
+    )
   theta = _given(found, 'rope_theta', 10000.0)
   kind = _given(found, 'rope_type', _given(found, 'type', 'default'))
   _require(where, {**fields, **found}, 'partial_rotary_factor', 1.0, 1.0)
@@ -189,7 +194,8 @@ def _rope(where, fields):
 
 
 def _windows(where, family, fields):
-  layers, window = fields['num_hidden_layers'], fields.get('sliding_window')
+  # An absent key is transformers' default, 4096; a null one is global attention.
+  layers, window = fields['num_hidden_layers'], fields.get('sliding_window', 4096)
   if family == 'llama':
     return [None] * layers
   if family == 'mistral':

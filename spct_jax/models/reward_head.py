@@ -32,4 +32,6 @@ def last_token(x: Float[Array, 'B T D'], lengths: Int[Array, ' B']) -> Float[Arr
 def reward(params: dict, x: Float[Array, 'B D']) -> Float[Array, ' B']:
   """float32, whatever the model computes in: rewards are compared, and bfloat16 ties them."""
   kernel, bias = params['kernel'].astype(jnp.float32), params['bias'].astype(jnp.float32)
-  return (x.astype(jnp.float32) @ kernel + bias[None, :])[:, 0]
+  # The default precision of a float32 product is bfloat16 on TPUs and TF32 on GPUs.
+  product = jnp.matmul(x.astype(jnp.float32), kernel, precision='highest')
+  return (product + bias[None, :])[:, 0]

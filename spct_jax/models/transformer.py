@@ -161,6 +161,7 @@ class Transformer:
     if positions is None:
       positions = jnp.arange(T)[None, :] if segments is None else attention.segment_positions(segments)
     positions = jnp.broadcast_to(positions, (B, T))
+    tokens = _real(tokens, lengths, segments)
     mask = attention.causal_mask(T, lengths, segments)
 
     def attend(ref, q, k, v, cache):
@@ -174,6 +175,7 @@ class Transformer:
     B, T = tokens.shape
     held, S = cache['length'], cache['positions'].shape[1]
     lengths = jnp.full((B,), T, jnp.int32) if lengths is None else lengths
+    tokens = _real(tokens, lengths, None)
     _check_room(held, lengths, S)
     places = held[:, None] + jnp.arange(T, dtype=jnp.int32)[None, :]
     positions = jnp.broadcast_to(places if positions is None else positions, (B, T))
@@ -228,6 +230,15 @@ class Transformer:
     else:
       out = self.unembed(params, x)
     return out if cache is None else (out, cache)
+
+
+def _real(tokens, lengths, segments):
+  """Token 0 in place of padding: an id outside the table would become NaN, and 0 weight times NaN is NaN."""
+  if lengths is not None:
+    tokens = jnp.where(jnp.arange(tokens.shape[1])[None, :] < lengths[:, None], tokens, 0)
+  if segments is not None:
+    tokens = jnp.where(segments > 0, tokens, 0)
+  return tokens
 
 
 def _check_room(held, lengths, S):

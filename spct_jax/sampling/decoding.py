@@ -17,7 +17,8 @@ renormalised survivors of those before it. Every setting is an array with one en
 3. The draw is two-level: first a block of the vocabulary, then a token in it. Only a token of positive
    weight can be drawn, whatever rounding does to the running sums.
 4. A temperature of 0 is greedy: the likeliest token, the lowest id on ties; its `logp` is at temperature 1.
-5. A NaN logit counts as -inf, +inf as the largest float; a row without any finite logit is uniform.
+5. A NaN logit counts as -inf, +inf as the largest float; a row without any finite logit is uniform,
+   and if all of it is NaN its `logp` is NaN, so that a broken model cannot pass for a poor one.
 """
 
 import jax
@@ -36,6 +37,7 @@ def sample(
     min_p: Float[Array, ' R'],
 ) -> tuple[Int[Array, ' R'], Float[Array, ' R']]:
   """Draws one token a row; `uniform` is in [0, 1). Off: top_p = 1, top_k = 0, min_p = 0."""
+  broken = jnp.isnan(logits).all(axis=1)
   logits = _finite(logits)
   greedy_R1 = (temperature <= 0)[:, None]
   # A subnormal temperature would be flushed to zero, and 0 / 0 is NaN for the likeliest token.
@@ -46,7 +48,7 @@ def sample(
   drawn = _draw(kept, uniform)
   token = jnp.where(greedy_R1[:, 0], jnp.argmax(logits, axis=1), drawn).astype(jnp.int32)
   logp = jnp.take_along_axis(scaled, token[:, None], axis=1)[:, 0] - jnp.log(weight.sum(axis=1))
-  return token, logp
+  return token, jnp.where(broken, jnp.nan, logp)
 
 
 def truncate(

@@ -109,6 +109,11 @@ class Engine:
         if on_progress is not None:
           on_progress(done, total)
       real = dealt >= 0
+      if np.isnan(sharding.to_host(state.logp)[real]).any():
+        raise FloatingPointError(
+            'the model gives no finite logit, so nothing can be sampled from it: its parameters are NaN or infinite; '
+            'go back to a checkpoint before the training diverged'
+        )
       for out, values in zip((tokens, logp, length), sharding.to_host((state.tokens, state.logp, state.length))):
         out[dealt[real]] = values[real]
     return Rollouts(tokens=tokens, logp=logp, token_mask=np.arange(T)[None, :] < length[:, None])
@@ -141,7 +146,9 @@ def _deal(prompts: PromptBatch, tasks: Tasks, G: int):
   group = np.where(place % 2, G - 1 - group, group)
 
   tokens, length = np.zeros((G, _parts(U, G), P), np.int32), np.ones((G, _parts(U, G)), np.int32)
-  tokens[group, place], length[group, place] = prompts.tokens, np.clip(prompts.length, 1, P)
+  # Padding becomes token 0: an id outside the embedding table would be NaN, and 0 weight times NaN is NaN.
+  real = np.arange(P)[None, :] < prompts.length[:, None]
+  tokens[group, place], length[group, place] = np.where(real, prompts.tokens, 0), np.clip(prompts.length, 1, P)
 
   queues = [np.flatnonzero(tasks.row_mask & (group[prompt] == g)) for g in range(G)]
   room = _parts(Q, G)

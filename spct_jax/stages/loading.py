@@ -125,7 +125,11 @@ def model(config: Any, tok: tokenizers.Tokenizer, *, head_kind: str = 'lm') -> T
     from spct_jax.models import hf  # needs safetensors, which a random decoder does not
     settings = hf.read_config(fields.path)
     settings = dataclasses.replace(
-        settings, dtype=fields.dtype, param_dtype=fields.param_dtype, remat=fields.remat
+        settings,
+        dtype=fields.dtype,
+        param_dtype=fields.param_dtype,
+        remat=fields.remat,
+        vocab_multiple=fields.vocab_multiple,
     )
     if tok.vocab_size > settings.vocab_size:
       raise ValueError(
@@ -188,7 +192,11 @@ def params(config: Any, name: str, decoder: Transformer, workdir: Workdir, mesh:
       return fresh(key)
     from spct_jax.models import hf
     _, imported = hf.load(
-        config.model.path, dtype=config.model.param_dtype, mesh=mesh, rules=rules(config)
+        config.model.path,
+        dtype=config.model.param_dtype,
+        mesh=mesh,
+        rules=rules(config),
+        vocab_multiple=config.model.vocab_multiple,
     )
     if decoder.config.head_kind == 'lm' or 'reward' in imported:
       return imported
@@ -266,8 +274,8 @@ def sampler_view(
   """
   dtype = np.dtype(config.model.sampler_dtype)
   layout = sharding.tree_shardings(decoder.abstract_params(), sampler_rules(config), mesh)
-  same = jax.tree.map(
-      lambda leaf, where: leaf.dtype == dtype and leaf.sharding.is_equivalent_to(where, leaf.ndim),
+  same = jax.tree_util.tree_map_with_path(
+      lambda path, leaf, where: leaf.dtype == _sampler_dtype(path, leaf, dtype) and leaf.sharding.is_equivalent_to(where, leaf.ndim),
       learner_params,
       layout,
   )
@@ -277,6 +285,11 @@ def sampler_view(
   view = jax.block_until_ready(_cast(str(dtype), _frozen(layout))(learner_params))
   size = sharding.bytes_per_device(view, layout)
   return view, {'view_bytes': float(size), 'view_seconds': time.perf_counter() - start}
+
+
+def _sampler_dtype(path, leaf, dtype):
+  """Norm scales keep their own dtype: they are few, and the learner multiplies them in float32."""
+  return leaf.dtype if path[-1].key == 'scale' else np.dtype(dtype)
 
 
 def _frozen(tree):
@@ -289,7 +302,9 @@ def _cast(dtype: str, layout: tuple):
   """One compiled cast and reshard per dtype and layout."""
   leaves, structure = layout
   return jax.jit(
-      lambda tree: jax.tree.map(lambda leaf: leaf.astype(dtype), tree),
+      lambda tree: jax.tree_util.tree_map_with_path(
+          lambda path, leaf: leaf.astype(_sampler_dtype(path, leaf, dtype)), tree
+      ),
       out_shardings=jax.tree.unflatten(structure, leaves),
   )
 

@@ -40,10 +40,8 @@ def as_writer_says(function: Callable[[], bool], *, what: str) -> bool:
   if is_writer():
     try:
       answer = int(function())
-    except (
-      Exception
-    ) as caught:  # Raised below, once the other processes know of it; else they would wait forever.
-      error = caught
+    except Exception as caught:
+      error = caught  # Raised below, once the other processes know of it: else they wait forever.
   if jax.process_count() > 1:
     answer = int(multihost_utils.broadcast_one_to_all(np.int32(answer)))
   if error is not None:

@@ -4,8 +4,14 @@ The template is rendered once with a placeholder for the message and split there
 itself never passes through it: its data spans stay data, and no template can trim, search or escape
 them. A template that opens the assistant's turn by itself (some fine-tunes do, whatever
 add_generation_prompt says) is taken as it is; one that leaves it closed is opened with the header
-it gives to an assistant's message. A tokenizer without a template gets plain `User:` and
-`Assistant:` lines.
+it gives to an assistant's message.
+
+A tokenizer without a template gets plain lines, `User:`, `Assistant:` and `System:`. Since such a
+line is ordinary text, data spans are neutralised there against these labels, too; where a template
+frames the turns, data spans stay exactly as they came.
+
+A template that asks for the time (`strftime_now`) is told the start of 2024-07-26, always, so that
+a prompt does not depend on the day on which it is built.
 """
 
 from __future__ import annotations
@@ -14,24 +20,52 @@ from collections.abc import Sequence
 import functools
 from typing import Any
 
+from spct_jax.text import markers
 from spct_jax.types import Message, Span
 
 # No template contains these, and none finds anything in them to trim or to split.
 _USER, _ASSISTANT = 'QxUserTurnxQ', 'QxAssistantTurnxQ'
-_PLAIN = ('User:\n', '\n\nAssistant:\n')
+_PLAIN = (f'{markers.TURNS["user"]}:\n', f'\n\n{markers.TURNS["assistant"]}:\n')
+
+# 2024-07-26 00:00:00, a Friday, in the words of the C locale: what each directive gives.
+_DATE = {
+    'Y': '2024', 'y': '24', 'C': '20', 'G': '2024', 'g': '24', 'm': '07', 'd': '26', 'e': '26',
+    'B': 'July', 'b': 'Jul', 'h': 'Jul', 'A': 'Friday', 'a': 'Fri', 'j': '208', 'u': '5', 'w': '5',
+    'U': '29', 'W': '30', 'V': '30', 'H': '00', 'I': '12', 'M': '00', 'S': '00', 'p': 'AM',
+    'f': '000000', 'Z': '', 'z': '', 'F': '2024-07-26', 'D': '07/26/24', 'T': '00:00:00',
+    'R': '00:00', 'x': '07/26/24', 'X': '00:00:00', 'c': 'Fri Jul 26 00:00:00 2024',
+    '-d': '26', '-m': '7', '-y': '24', '-j': '208', '-H': '0', '-I': '12', '-M': '0', '-S': '0',
+}
+_REPLACED = ''.join(f"|replace('%{directive}','{text}')" for directive, text in _DATE.items())
+# Put in front of a template, it hides the clock: a template sees nothing else that we could set,
+# since the rendering turns every function that it is handed into a string. The line end behind it
+# goes with its block, and the template still begins on a line of its own.
+_CLOCK = (
+    '{%- macro strftime_now(format) -%}{%- for piece in format.split("%%") -%}'
+    "{{ '' if loop.first else '%' }}{{ piece" + _REPLACED + ' }}'
+    '{%- endfor -%}{%- endmacro %}\n'
+)
 
 
 def wrap(spans: Sequence[Span], tokenizer: Any) -> list[Span]:
   """The spans of a user message, with the frame that opens it and the one that opens the answer."""
   head, tail = frame(tokenizer.hf)
+  if template_text(tokenizer.hf) is None:
+    spans = [_plain(span.text) if span.data else span for span in spans]
   return [Span(head, data=False), *spans, Span(tail, data=False)]
 
 
 def wrap_messages(messages: Sequence[Message], tokenizer: Any) -> list[Span]:
   """The spans of a conversation that ends with the user, up to where the assistant's answer begins.
 
-  Every content is data. One user turn alone gives what `wrap` gives.
+  Every content is data. One user turn alone gives what `wrap` gives. A conversation that the
+  template refuses, leaves out a turn of, or reorders is a ValueError that names its roles.
   """
+  for message in messages:
+    if message.role not in markers.TURNS:
+      raise ValueError(
+          f'chat: a message has the role {message.role!r}; allowed: {", ".join(markers.TURNS)}'
+      )
   if not messages or messages[-1].role != 'user':
     raise ValueError(
         f'chat: a conversation to be answered ends with a user turn; got roles {[m.role for m in messages]}'
@@ -43,15 +77,16 @@ def wrap_messages(messages: Sequence[Message], tokenizer: Any) -> list[Span]:
     head, tail = frame(tokenizer.hf)
     spans = [Span(head.removesuffix(_PLAIN[0]), data=False)]
     for i, message in enumerate(messages):
-      label = f'{message.role.capitalize()}:\n'
-      spans += [Span('\n\n' + label if i else label, data=False), Span(message.content, data=True)]
+      label = f'{markers.TURNS[message.role]}:\n'
+      spans += [Span('\n\n' + label if i else label, data=False), _plain(message.content)]
     return [*spans, Span(tail, data=False)]
   places = [f'QxTurn{i}xQ' for i in range(len(messages))]
   turns = [(message.role, place) for message, place in zip(messages, places)]
   rest = _render(tokenizer.hf, [*turns, ('assistant', _ASSISTANT)], add_generation_prompt=False)
+  _check_turns(rest, [message.role for message in messages], places)
   spans = []
   for message, place in zip(messages, places):
-    before, rest = _split(rest, place)
+    before, rest = rest.split(place)
     spans += [Span(before, data=False), Span(message.content, data=True)]
   # What follows the last turn is what follows a lone one, thinking blocks of the template included.
   return [*spans, Span(frame(tokenizer.hf)[1], data=False)]
@@ -97,15 +132,39 @@ def _render(hf: Any, turns: list[tuple[str, str]], add_generation_prompt: bool) 
   try:
     return hf.apply_chat_template(
         messages,
-        chat_template=template_text(hf),
+        chat_template=_without_clock(template_text(hf)),
         tokenize=False,
         add_generation_prompt=add_generation_prompt,
     )
   except Exception as error:  # Templates are programs: they raise whatever they like.
     raise ValueError(
-        f"chat template: it cannot render a {turns[-1][0]}'s turn: {error}; correct the tokenizer's "
-        'chat_template, or remove it to get plain User: and Assistant: lines'
+        f'chat template: it cannot render turns of the roles {", ".join(role for role, _ in turns)}: '
+        f"{error}; leave such conversations out, correct the tokenizer's chat_template, or remove it "
+        'to get plain User: and Assistant: lines'
     ) from error
+
+
+def _without_clock(template: str) -> str:
+  return _CLOCK + template if 'strftime_now' in template else template
+
+
+def _plain(text: str) -> Span:
+  """Data inside the plain frame, unable to open a turn of it."""
+  return Span(markers.neutralise(text, turns=True), data=True)
+
+
+def _check_turns(text: str, roles: list[str], places: list[str]) -> None:
+  remedy = "leave such conversations out, or correct the tokenizer's chat_template"
+  for i, (role, place) in enumerate(zip(roles, places), start=1):
+    if text.count(place) != 1:
+      raise ValueError(
+          f'chat template: of turns of the roles {", ".join(roles)}, turn {i} ({role}) came out '
+          f'{text.count(place)} times, expected once; {remedy}'
+      )
+  if sorted(places, key=text.index) != places:
+    raise ValueError(
+        f'chat template: turns of the roles {", ".join(roles)} came out in another order; {remedy}'
+    )
 
 
 def _split(text: str, placeholder: str) -> tuple[str, str]:

@@ -9,9 +9,11 @@ stays readable and the original can be had back by deleting what was inserted.
 What counts as an imitation is decided on a folded copy: compatibility forms (full-width letters and
 brackets), case, accents, look-alike letters, and everything invisible or blank are folded away
 first. Section headers, response frames and the hint are searched across line ends; the labels of
-the answer (`Analysis:` and its like) count only at the start of a line, behind any Markdown. Since
-the inserted word is part of no marker and the search sees through blanks, an insertion can make no
-new marker.
+the answer (`Analysis:` and its like) count only at the start of a line, behind any signs and one
+short number. Between the words of a marker, and between the signs that open it and its first word,
+Markdown, quotes, dashes and underscores are seen through, too. Since the inserted word is part of
+no marker and the search sees through blanks, an insertion can make no new marker. The search takes
+time linear in the text: no two runs of the same signs stand side by side in a pattern.
 """
 
 from __future__ import annotations
@@ -87,32 +89,39 @@ def _fold(char: str) -> str:
 _FOLD = _Fold()
 
 
-def _squeeze(marker: str) -> str:
-  return re.escape(marker.translate(_FOLD))
+# What may stand between the words of a marker, in the folded text.
+_GAP = r'[*_`~"“”\-\u2010-\u2015]*'
 
 
-_NAMES = '|'.join(_squeeze(header.strip('# ')) for header in HEADERS)
-_MARKDOWN = r'[>*_#`~+\-\u2010-\u2015|=•·."“”\'()<\[]*(?:\d{1,2}[.):]?[*_`~]*)?'
-_LABELS = r'(?:specific\n?criteria|analysis|(?:final|overall)?scores)'
+def _words(marker: str) -> str:
+  return _GAP.join(re.escape(word.translate(_FOLD)) for word in marker.split())
+
+
+_NAMES = '|'.join(_words(header.strip('# ')) for header in HEADERS)
+_OPENING = rf'the{_GAP}(?:begin|end)(?:ning|ing)?{_GAP}of{_GAP}response'
+_SIGNS = r'(?:[^\w\n]|_)*'
+_PREFIX = rf'{_SIGNS}(?:\d{{1,2}}{_SIGNS})?'
+_RATED = rf'(?:(?:final|overall){_GAP})?score'
+_LABELS = rf'(?:specific{_GAP}(?:\n{_GAP})?criteria|analysis|{_RATED}s)'
 _SIGN = r'[*_`~)\]"”]*\n?:'
-_BOX = r'[*_`~$<]*\n?[*_`~$<]*\\+boxed'
+_BOX = r'[*_`~$<]*(?:\n[*_`~$<]*)?\\+boxed'
 # An opening gets the word behind its match, which is empty; a label gets it behind its last letter.
 # JOINED: searched in the folded text without its line ends; the others with them.
 _OPENINGS_JOINED = (
-    re.compile(rf'(?<=####)(?={_NAMES})'),
-    re.compile(r'(?<=\[)(?=the(?:begin|end)(?:ning|ing)?ofresponse)'),
+    re.compile(rf'(?<=####)(?={_GAP}(?:{_NAMES}))'),
+    re.compile(rf'(?<=\[)(?={_GAP}{_OPENING})'),
 )
 _LABELS_JOINED = (
-    re.compile(rf'thebestresponseis(?={_SIGN}response)|thecorrectscoreis(?={_SIGN}\d)'),
+    re.compile(rf'(?:{_words("the best response is")}|{_words("the correct score is")})(?={_SIGN})'),
 )
-_OPENINGS = (re.compile(rf'(?<=#)(?=(?:{_NAMES})#)'),)
+_OPENINGS = (re.compile(rf'(?<=#)(?={_GAP}(?:{_NAMES}){_GAP}#)'),)
 _LABEL_LINES = (
-    re.compile(rf'^{_MARKDOWN}{_LABELS}(?={_SIGN})', re.MULTILINE),
-    re.compile(rf'^{_MARKDOWN}(?:final|overall)?score(?={_SIGN}{_BOX})', re.MULTILINE),
+    re.compile(rf'^{_PREFIX}{_LABELS}(?={_SIGN})', re.MULTILINE),
+    re.compile(rf'^{_PREFIX}{_RATED}(?={_SIGN}{_BOX})', re.MULTILINE),
     re.compile(rf'scores(?={_SIGN}{_BOX})'),
 )
 _TURN_LINES = (
-    re.compile(rf'^{_MARKDOWN}(?:system|user|human|assistant)(?={_SIGN})', re.MULTILINE),
+    re.compile(rf'^{_PREFIX}(?:system|user|human|assistant)(?={_SIGN})', re.MULTILINE),
 )
 
 
@@ -121,7 +130,8 @@ def neutralise(text: str, turns: bool = False) -> str:
 
   Args:
     turns: also treat `User:` and its like at the start of a line as markers, which they are inside
-      the conversation, where a message could otherwise speak for the next one.
+      the conversation, where a message could otherwise speak for the next one, and everywhere in a
+      prompt for a tokenizer without a chat template.
   """
   pieces, start = [], 0
   for place, word in sorted(_insertions(text, turns).items()):

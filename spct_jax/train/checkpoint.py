@@ -82,17 +82,20 @@ class Checkpoints:
   def load_params(self, model: Any, shardings: Any, *, key: jax.Array, step: int | None = None) -> Any:
     """Parameters of `step` for `model`, which may have another head than the saved one.
 
-    The backbone must be the same. What the model has and the checkpoint lacks (the scalar head of a
-    reward model that starts from a language model) is drawn fresh from `key`; what only the
-    checkpoint has (the language model's head) is not read.
+    The backbone must be the same. The scalar head of a reward model that starts from a language model is
+    drawn fresh from `key`, and the language model's own head is then not read; between two language
+    models (or a reward model and a language model) a missing or spare head is an error.
     """
     step = self._step(step)
     abstract = jax.eval_shape(model.init, key)
     target = _with_shardings(abstract, shardings)
     saved = self._saved(step, 'params')
     heads = [name for name in target if name not in saved]
-    if set(heads) - {'reward', 'unembed'}:
+    if set(heads) - {'reward'}:
       raise ValueError(self._mismatch(step, f'it has no {heads[0]!r}'))
+    spare = sorted(set(saved) - set(target))
+    if spare and 'reward' not in target:
+      raise ValueError(self._mismatch(step, f'it has a {spare[0]!r}, for which the model has no place'))
     shared = {name: value for name, value in target.items() if name in saved}
     self._check(step, 'params', {**saved, **shared})
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:  # StandardRestore reads whole trees only

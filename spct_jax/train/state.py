@@ -48,4 +48,5 @@ def from_params(params: Any, optimizer: optim.Optimizer, shardings: State) -> St
   the caller may keep `params` as the frozen reference."""
   def init(params):
     return _with_optimizer(jax.tree.map(jnp.copy, params), optimizer)
+  params = jax.device_put(params, shardings['params'])  # where they are already, this moves nothing
   return jax.jit(init, in_shardings=(shardings['params'],), out_shardings=shardings)(params)

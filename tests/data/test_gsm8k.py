@@ -68,3 +68,10 @@ def test_the_published_file(shared):
   assert {reason: len(places) for reason, places in listed.skipped.items()} == {
     'no unique best': 1319 - 290
   }
+
+
+def test_a_number_as_the_answer():
+  row = {'question': 'q', 'ground_truth': 42, 'm': {'is_correct': True, 'solution': 's'}}
+  for read in (gsm8k.read_single, gsm8k.read_list):
+    (example,) = read(RawRow(row, 'f.jsonl', 1))
+    assert example.reference == '42'

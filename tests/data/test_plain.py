@@ -7,6 +7,8 @@ from spct_jax.data.items import Skipped
 from spct_jax.data.sources import RawRow
 from spct_jax.types import Message
 
+INF = float('inf')
+
 
 def turn(role, content):
   return {'role': role, 'content': content}
@@ -17,8 +19,13 @@ def read(**row):
   return item
 
 
+def parts(role, *texts):
+  return turn(role, [{'type': 'text', 'text': text, 'image': None} for text in texts])
+
+
 USER = [turn('user', 'q')]
 CONTEXT = [turn('user', 'a'), turn('assistant', 'b'), turn('user', 'q')]
+IMAGE = [turn('user', [{'type': 'text', 'text': 'q'}, {'type': 'image_url', 'image_url': 'u'}])]
 GOOD, BAD = turn('assistant', 'good'), turn('assistant', 'bad')
 
 
@@ -39,6 +46,20 @@ GOOD, BAD = turn('assistant', 'good'), turn('assistant', 'bad')
     {'prompt': 'q', 'responses': ['bad', 'good'], 'label': 1},
     {'prompt': 'q', 'responses': ['good', 'bad'], 'grades': [2, 1.5]},
     {'query': 'q', 'responses': [GOOD, BAD], 'scores': [0.2, 0.1], 'label': 0},
+    # ShareGPT's way, and columns and roles of other makers.
+    {
+      'conversations': [{'from': 'human', 'value': 'q'}],
+      'chosen': {'from': 'gpt', 'value': 'good'},
+      'rejected': {'from': 'gpt', 'value': 'bad'},
+    },
+    {'prompt': [parts('user', 'q')], 'chosen': parts('assistant', 'go', 'od'), 'rejected': 'bad'},
+    {'instruction': 'q', 'input': '', 'chosen': 'good', 'rejected': 'bad'},
+    {'prompt': 'q', 'system': ' ', 'chosen': 'good', 'rejected': 'bad'},
+    {'prompt': 'q', 'prompt_id': 'shared', 'chosen': 'good', 'rejected': 'bad'},
+    # Null columns of a schema that several data sets share.
+    {'prompt': 'q', 'chosen': 'good', 'rejected': 'bad', 'completion': None, 'responses': None},
+    {'prompt': None, 'question': 'q', 'responses': ['good', 'bad'], 'label': 0, 'chosen': None},
+    {'prompt': [{**USER[0], 'from': None, 'tool_calls': None}], 'chosen': GOOD, 'rejected': BAD},
   ],
 )
 def test_ways_to_write_a_pair(row):
@@ -63,6 +84,26 @@ def test_a_conversation_keeps_its_turns():
 def test_a_system_turn():
   example = read(system='be short', prompt='q', chosen=[*USER, GOOD], rejected='bad')
   assert [message.role for message in example.messages] == ['system', 'user']
+  developer = read(prompt=[turn('developer', 'be short'), *USER], chosen='good', rejected='bad')
+  assert developer.messages == example.messages
+
+
+# Seen to fail: `input` passed over like any other column.
+def test_the_input_of_an_instruction_belongs_to_the_prompt():
+  answers = ({'chosen': 'good', 'rejected': 'bad'}, {'output': 'good'}, {'responses': ['a', 'b']})
+  for answer in answers:
+    assert read(instruction='Sum up.', input='Text', **answer).messages == (
+      Message('user', 'Sum up.\n\nText'),
+    )
+    assert read(instruction=' ', input='Text', **answer).messages == (Message('user', 'Text'),)
+    assert read(prompt='q', input='Text', **answer).messages == (Message('user', 'q'),)
+
+
+def test_numbers_as_text():
+  row = {'prompt': 'q', 'chosen': 'x', 'rejected': 'y'}
+  example = read(**row, subset=4, ground_truth=42)
+  assert (example.subset, example.reference) == ('4', '42')
+  assert read(**row, source=0, reference=2.5).reference == '2.5'
 
 
 def test_one_best_of_several():
@@ -95,7 +136,10 @@ def test_one_best_of_several():
   )
 
 
-@pytest.mark.parametrize(('label', 'gold'), [(True, 1), (False, 0), (1, 1), (0, 0), (None, None)])
+@pytest.mark.parametrize(
+  ('label', 'gold'),
+  [(True, 1), (False, 0), (1, 1), (0, 0), (1.0, 1), (0.0, 0), (None, None)],
+)
 def test_a_single_response(label, gold):
   for row in (
     {'completion': 'x'},
@@ -131,6 +175,13 @@ def test_no_label_is_allowed():
     ({'chosen': [*CONTEXT, GOOD], 'rejected': [*USER, BAD]}, 'prefixes differ'),
     ({'prompt': 'other', 'chosen': [*USER, GOOD], 'rejected': [*USER, BAD]}, 'prefixes differ'),
     ({'prompt': 'q', 'chosen': [*USER, GOOD, *USER], 'rejected': 'y'}, 'not one assistant turn'),
+    ({'prompt': IMAGE, 'chosen': 'x', 'rejected': 'y'}, 'not text'),
+    ({'prompt': 'q', 'chosen': IMAGE, 'rejected': 'y'}, 'not text'),
+    ({'prompt': [*USER, turn('tool', 'r')], 'chosen': 'x', 'rejected': 'y'}, 'tool turns'),
+    (
+      {'prompt': [{**turn('assistant', None), 'tool_calls': [{}]}, *USER], 'completion': 'x'},
+      'tool turns',
+    ),
   ],
 )
 def test_what_is_skipped(row, reason):
@@ -178,7 +229,15 @@ def test_what_is_skipped(row, reason):
       {'prompt': 'q', 'completion': 'x', 'label': 2},
       "'label' of a single response must be true or false",
     ),
-    ({'prompt': 'q', 'completion': 'x', 'label': 1.0}, "'label' of a single response"),
+    ({'prompt': 'q', 'completion': 'x', 'label': 0.5}, "'label' of a single response"),
+    # Seen to fail: float() of each grade, which passes infinity on and overflows at 400 digits.
+    ({'prompt': 'q', 'responses': ['x', 'y'], 'grades': [1, INF]}, '2 numbers, .* each finite'),
+    ({'prompt': 'q', 'responses': ['x', 'y'], 'scores': [10**400, 1]}, '2 numbers, .* each finite'),
+    ({'prompt': 'q', 'completion': 'x', 'reference': INF}, "'reference' must be a string or a fin"),
+    ({'prompt': 'q', 'completion': 'x', 'reference': True}, "'reference' must be a string"),
+    ({'instruction': USER, 'input': 'x', 'completion': 'x'}, "'instruction' must be a string"),
+    ({'instruction': 'q', 'input': 3, 'completion': 'x'}, "'input' must be a string"),
+    ({'prompt': [turn('user', ['q'])], 'completion': 'x'}, 'list of parts'),
     (
       {'prompt': [turn('robot', 'q')], 'chosen': 'x', 'rejected': 'y'},
       "role 'robot' in 'prompt' is unknown",
@@ -192,7 +251,7 @@ def test_what_is_skipped(row, reason):
       {'prompt': 'q', 'chosen': 'x', 'rejected': 'y', 'id': ''},
       "'id' must be a string or an integer",
     ),
-    ({'prompt': 'q', 'chosen': 'x', 'rejected': 'y', 'subset': 4}, "'subset' must be a string"),
+    ({'prompt': 'q', 'chosen': 'x', 'rejected': 'y', 'subset': []}, "'subset' must be a string"),
   ],
 )
 def test_mistakes_name_file_and_line(row, message):

@@ -57,9 +57,11 @@ def test_duplicate_ids_name_both_lines(write):
   )
   with pytest.raises(ValueError, match=r"duplicate id '7': .*a\.jsonl:3 and .*a\.jsonl:1"):
     preference.load(path, subset=['all'])
-  examples = preference.load(write('b.jsonl', [PAIR])).examples
-  with pytest.raises(ValueError, match="duplicate id 'b.jsonl:1'"):
-    preference.check_unique(examples * 2)
+
+
+def test_two_pairs_may_share_a_prompt_id(write):
+  path = write('a.jsonl', [{**PAIR, 'prompt_id': 'p'}, {**PAIR, 'prompt_id': 'p'}])
+  assert [e.uid for e in preference.load(path).examples] == ['a.jsonl:1', 'a.jsonl:2']
 
 
 def test_limit_and_subset(write):
@@ -89,6 +91,11 @@ def test_the_reader_is_found_by_the_columns(write):
   solved = {'question': 'q', 'ground_truth': 'g', 'm': {'is_correct': True, 'solution': 's'}}
   assert preference.load(write('a.jsonl', [PAIR])).reader == 'plain'
   assert preference.load(write('b.jsonl', [transcript])).reader == 'hh_rlhf'
+  # Seen to fail: a null column taken for one that is there.
+  empty = {'prompt': None, 'messages': None, 'completion': None, 'label': None}
+  for row, reader in ((PAIR, 'plain'), (transcript, 'hh_rlhf')):
+    loaded = preference.load(write('n.jsonl', [{**empty, **row}]))
+    assert loaded.reader == reader and set(loaded.columns) == set(row)
   with pytest.raises(
     ValueError, match="fit several readers: choose with reader='gsm8k_single' or 'gsm8k_list'"
   ):
@@ -186,9 +193,26 @@ def test_instruction_rows(write):
     write('a.jsonl', [{'messages': turns}, {'prompt': 'q', 'completion': 'a'}])
   ).examples
   assert one.messages == two.messages and one.responses == two.responses == ('a',)
+  shared = [{'from': 'human', 'value': 'q'}, {'from': 'gpt', 'value': 'a'}]
+  null = {'response': None, 'prompt': None}
+  others = instructions.load(
+    write(
+      'b.jsonl',
+      [
+        {'conversations': shared, 'messages': None},
+        {'messages': turns, **null},
+        {'instruction': 'q', 'input': '', 'output': 'a'},
+        {'instruction': 'q', 'input': 'text', 'output': 'a', 'source': 3},
+        {'messages': [{'role': 'tool', 'content': '4'}, *turns]},
+      ],
+    )
+  )
+  assert [example.messages for example in others.examples[:3]] == [one.messages] * 3
+  assert others.examples[3].messages[0].content == 'q\n\ntext' and others.examples[3].subset == '3'
+  assert list(others.skipped) == ['tool turns']
   with pytest.raises(
     ValueError, match=r"a\.jsonl:1: 'messages' must end with the assistant's answer"
   ):
     instructions.load(write('a.jsonl', [{'messages': turns[:1]}]))
-  with pytest.raises(ValueError, match='expected messages that end with an assistant turn'):
+  with pytest.raises(ValueError, match=r'expected messages \(or conversations\) that end with an'):
     instructions.load(write('a.jsonl', [PAIR]))

@@ -79,6 +79,17 @@ def test_a_mix_is_in_proportion_from_the_first_row_on(fraction, batch_size):
       assert sorted(mine[times == epoch]) == list(range(size))
 
 
+# Seen to fail: a share rounded to a millionth (1e-7 is then 0).
+def test_a_mix_is_exact_for_small_shares_and_late_steps():
+  for fraction, at in ((1e-7, 10**7), (1 - 1e-7, 1), (0.29, 10**9 + 100)):
+    step = (at - 1) // 4
+    source = stream.mix(0, step, 4, (1, 1), fraction)[0]
+    share = {1e-7: 1, 1 - 1e-7: 10**7 - 1, 0.29: 2_900_000}[fraction]
+    before = [p * share // 10**7 for p in range(4 * step, 4 * step + 5)]
+    assert source.tolist() == np.diff(before).tolist()
+  assert sum(stream.mix(0, 10**12, 300, (1, 1), 1 / 3)[0]) == 100
+
+
 def test_a_mix_does_not_depend_on_the_batch_size():
   whole = stream.mix(0, 0, 120, (9, 4), 0.3)
   for batch_size in (1, 7, 40):

@@ -53,6 +53,16 @@ def test_two_turns_of_one_role_stay_two():
       '\n\nHuman: a\n\nAssistant: b\n\nAssistant: y',
       'not one assistant turn',
     ),
+    (
+      '\n\nHuman: a\n\nAssistant: x\n\nHuman: more',
+      '\n\nHuman: a\n\nAssistant: y',
+      'not one assistant turn',
+    ),
+    (
+      '\n\nHuman: a\n\nAssistant: x',
+      '\n\nHuman: a\n\nAssistant:\n\nHuman: more',
+      'not one assistant turn',
+    ),
   ],
 )
 def test_what_is_skipped(chosen, rejected, reason):

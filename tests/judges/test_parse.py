@@ -30,6 +30,19 @@ OK = [
     ('\\boxed{8 left open\nScores: \\boxed{8, 6}', (8, 6)),
     ('Scores: \\boxed{8, 6}\r\n', (8, 6)),
     ('ſcores: \\boxed{1, 1}\nScores: \\boxed{8, 6}', (8, 6)),  # no ASCII letters, no label
+    ('Score: \\boxed{8}\ngood\nScore: \\boxed{6}\n\nScores: \\boxed{8, 6}', (8, 6)),  # one by one, then together
+    ('Output:\n\\boxed{42}\nis what it says.\nScores: \\boxed{8, 6}', (8, 6)),  # a quoted answer
+    ('### Output: \\boxed{5, 5}\n**Overall Scores**: \\boxed{8, 6}', (8, 6)),
+    ('Overall Score: \\boxed{8, 6}', (8, 6)),
+    ('Final Output: \\boxed{8, 6}', (8, 6)),
+    ('Score:\nScores: 8, 6\nFinal Score: \\boxed{8, 6}', (8, 6)),
+    ('The response has <think> inside it.\nScores: \\boxed{8, 6}', (8, 6)),
+    ('Scores: \\boxed{8, 6}\nI see `</think>` in it.', (8, 6)),
+    ('Scores: \\boxed{8, 6}\nI see `<think>` and `</think>` in it, </think> twice.', (8, 6)),
+    ('draft\nScores: \\boxed{1, 1}</think>\nIt has </think>.\nScores: \\boxed{8, 6}\nIt has </think>.', (8, 6)),
+    ('  <thinking>\nScores: \\boxed{1, 1}</thinking>It has <think>.\nScores: \\boxed{8, 6}', (8, 6)),
+    ('a\n\t<think>\nScores: \\boxed{1, 1}\n</think>Scores: \\boxed{8, 6}\nIt has </think>.', (8, 6)),
+    ('<think>a</think>Scores: \\boxed{8, 6}<think>', (8, 6)),  # in mid-line: a mention
 ]
 FAILED = [
     ('', 'empty'),
@@ -69,11 +82,16 @@ FAILED = [
     ('Scores: \\boxed{8, ' + '9' * 5000 + '}', 'out_of_range'),
     ('Scores: \\boxed{8, 6}\nScores: \\boxed{6, 8}', 'disagree'),
     ('Scores: \\boxed{8, 6}\n\nUser: another\n### Output: \\boxed{3, 4}', 'disagree'),  # runs on into a second example
-    ('### Output: \\boxed{8, 6}\n\nUser: another\nScores: \\boxed{3, 4}', 'disagree'),
+    ('### Output: \\boxed{8, 6}\n\nUser: another\n### Output: \\boxed{3, 4}', 'disagree'),
+    ('Scores: \\boxed{8, 6}\nScore: \\boxed{8}', 'disagree'),
+    ('Output: \\boxed{4, 2}\nScores: 8, 6', 'no_box'),  # the verdict is the one that cannot be read
     ('Scores: \\boxed{8, 6} or rather \\boxed{x, x}', 'disagree'),
     ('Scores: \\boxed{8, 6} or rather \\boxed{8, 7}', 'disagree'),
     ('<think>Scores: \\boxed{8, 6}', 'unclosed_think'),
-    ('<think>a</think>Scores: \\boxed{8, 6}<think>', 'unclosed_think'),
+    ('<think>a</think>Scores: \\boxed{8, 6}\n <think>', 'unclosed_think'),
+    ('so\n<think>I see `<think>` there.\nScores: \\boxed{8, 6}', 'unclosed_think'),
+    ('draft\nScores: \\boxed{8, 6}</think>Scores: 8, 6', 'no_box'),
+    ('draft\nScores: \\boxed{8, 6}</think>Scores: \\boxed{8,', 'unclosed_box'),
     ('Scores: \\boxed{8, 6', 'unclosed_box'),
     ('Scores: \\boxed{8, 6}\nScores: \\boxed{8,', 'unclosed_box'),
     ('Accuracy: \\boxed{5, 5}\nScores: \\boxed{8,', 'unclosed_box'),
@@ -89,7 +107,8 @@ def test_reads(text, expected):
 
 # Seen to fail: \d for ASCII digits; leading zeros; the last box taken where boxes disagree; a box before a bare
 # `Scores:` taken; int() without the look at the length (raises); thoughts read; an open box overlooked, with a
-# score line and without; boxes before the score line made to agree, too.
+# score line and without; boxes before the score line made to agree, too; `Score` and `Output` ranked with `Scores`;
+# think tags counted anywhere; a stray closing tag ignored, or cutting off a verdict before it.
 @pytest.mark.parametrize('text, kind', FAILED)
 def test_fails_with_a_reason(text, kind):
   assert parse.read(text, 2) == parse.Parsed(None, kind)
@@ -139,7 +158,7 @@ def test_never_raises_and_never_invents():
 @pytest.mark.parametrize(
     'piece',
     ['\\boxed{', '\\boxed{}', '\\boxed{1}', 'Scores:\n', 'Scores: \\boxed{1, 2}\n', 'Scores:' + ' ' * 50 + '\n', '<think>', '</think>', '}', '{', '\n', '#',
-     'Output\n', '\\boxed{1,', 'Scores **', 'Score', '1, '],
+     'Output\n', ' ', '<think>\n', '</think>\nScores:\n', 'Output: \\boxed{1, 2}\n', '</think> ', '\\boxed{1,', 'Scores **', 'Score', '1, '],
 )
 def test_a_megabyte_takes_linear_time(piece):
   for text in (piece * (1_000_000 // len(piece)), piece * (1_000_000 // len(piece)) + 'Scores: \\boxed{8, 6}',

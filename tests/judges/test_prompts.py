@@ -71,7 +71,7 @@ def test_what_people_wrote_is_data_and_all_else_is_frame(template):
   assert data == ['Be brief.', 'Hello', 'Hi!', 'What is 2 + 2?', '4', '<1>', '<0>']
   frame = frame_of(prompt)
   assert not any(piece in frame for piece in ('<0>', '2 + 2', 'Be brief', 'Hello'))
-  assert not any(a.data == b.data for a, b in itertools.pairwise(prompt.spans))
+  assert all(span.text for span in prompt.spans)
 
 
 def test_all_orders_share_everything_before_the_responses(template):

@@ -2,6 +2,10 @@
 
 Training items s* (n = 1, judged 0/1), p* (n = 2), q* (n = 4); evaluated items a*, b* (n = 1, judged 1..10), d, f, g
 and the over-long h. What guides a vote is tested on a synthetic `Pool.meta` against plain Python.
+
+Mutations seen to fail here: over-long items counted as judged; the threshold at 5; an AUC with unvoted items at 0; the
+binary prompt in the evaluation; an unparsed sample taking a voter's place; the soft temperature ignored; advantages
+counted over fitting items only (off by the over-long one); unreadable samples not counted against an easy item.
 """
 
 import collections
@@ -27,7 +31,8 @@ _WORDS = ('Apples', 'Bread', 'Cherries', 'Dates')
 
 
 def item(uid, n, label, **fields):
-  return {'id': uid, 'prompt': f'What of {uid}?', 'responses': [f'{w} for {uid}' for w in _WORDS[:n]], 'label': label} | fields
+  responses = [f'{word} for {uid}' for word in _WORDS[:n]]
+  return {'id': uid, 'prompt': f'What of {uid}?', 'responses': responses, 'label': label} | fields
 
 
 TRAIN = [
@@ -98,7 +103,9 @@ def ran(tmp_path_factory):
   config.sample.model = config.rft.init = config.grpo.init = config.meta_rm.policy = 'base'
   config.judge.max_new_tokens, config.judge.buckets = 96, (256,)
   config.rft.steps = config.grpo.steps = config.meta_rm.steps = 1
-  config.rft.buckets = config.grpo.buckets = config.meta_rm.buckets = (384,)
+  config.model.remat = False
+  for stage in ('rft', 'grpo', 'meta_rm'):
+    config[stage].buckets, config[stage].microbatches = (384,), 1
   config.grpo.old_logp = 'learner'  # a script has no log-probabilities
   config.meta_rm.heldout = 0.0
   config.evaluate.models, config.evaluate.greedy, config.evaluate.k_meta = ('base',), False, 2
@@ -130,8 +137,8 @@ def test_a_single_response_is_judged_in_binary_for_training_and_on_the_scale_for
 def test_a_hint_for_one_response_is_its_score_and_else_its_slot(ran):
   for t in ran.trajectories('sample/hinted.jsonl'):
     label = next(row['label'] for row in TRAIN if row['id'] == t.uid)
-    hint = f'correct score is: {label}' if len(t.order) == 1 else f'best response is: Response {t.order.index(label) + 1}'
-    assert hint in ran.tok.decode(t.prompt_ids)
+    slot = f'best response is: Response {t.order.index(label) + 1}' if len(t.order) > 1 else None
+    assert (slot or f'correct score is: {label}') in ran.tok.decode(t.prompt_ids)
 
 
 def test_the_filter_over_mixed_sizes(ran):
@@ -316,8 +323,14 @@ def oracle(part, meta, *, k, guided, k_meta, temperature):
   }
 
 
+def same(row, wanted):
+  for name, value in wanted.items():
+    where = row['subset'], row['n'], row['k'], row['guided'], name
+    assert row[name] == (None if value is None else near(value)), where
+
+
 def parts():
-  sizes = {(('all', n)): [row for row in EVAL if len(row['responses']) == n] for n in (1, 2, 4)}
+  sizes = {('all', n): [row for row in EVAL if len(row['responses']) == n] for n in (1, 2, 4)}
   named = [row for row in EVAL if row.get('subset') == 'named']
   return {('all', None): EVAL, **sizes, ('named', None): named}
 
@@ -341,8 +354,7 @@ def test_guided_votes_against_plain_python(ran, k_meta, temperature):
     wanted = oracle(
         parts()[row['subset'], row['n']], META, k=row['k'], guided=row['guided'], k_meta=k_meta, temperature=temperature
     )
-    for name, value in wanted.items():
-      assert row[name] == (None if value is None else near(value)), (row['subset'], row['n'], row['k'], row['guided'], name)
+    same(row, wanted)
 
 
 def test_the_pipelines_guided_rows_follow_its_own_meta_scores(ran):
@@ -353,8 +365,7 @@ def test_the_pipelines_guided_rows_follow_its_own_meta_scores(ran):
   assert len(scored) == 28 and len({row['logit'] for row in scored}) > 20  # a random scalar head, but no constant
   for row in ran.rows(guided='hard') + ran.rows(guided='soft'):
     wanted = oracle(parts()[row['subset'], row['n']], meta, k=row['k'], guided=row['guided'], k_meta=2, temperature=1.0)
-    for name, value in wanted.items():
-      assert row[name] == (None if value is None else near(value)), (row['subset'], row['n'], row['k'], row['guided'], name)
+    same(row, wanted)
 
 
 # The meta-RM

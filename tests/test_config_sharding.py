@@ -1,7 +1,6 @@
 """The rules of the config pages cut every large array on a mesh with all three axes.
 
-Mutations seen to fail: the embedding's rule set to (None, None); the cache rule to (None, None, None, None);
-Adam's moments left out of the rules.
+Mutations seen to fail: the embedding's rule set to (None, None); the cache rule to (None, None, None, None).
 """
 
 import math

@@ -1,7 +1,4 @@
 """The program as users run it: one process, two processes, and one that is killed, all end in the same files.
-
-Mutations seen to fail: a process draws from its own chunk list; host arrays put with `device_put` from process 0
-only; the second process writes too.
 """
 
 import json

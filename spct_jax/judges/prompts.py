@@ -213,7 +213,7 @@ def _frame(text: str) -> list[Span]:
 
 
 def _fill(template: Template, file: str, values: dict[str, list[Span]]) -> list[Span]:
-  """The spans of a template file with its slots filled (`encode` joins neighbouring frame spans)."""
+  """The spans of a template file, slots filled; `encode` is what joins neighbouring frame spans."""
   spans = []
   swallow = False
   for place, piece in enumerate(template.files[file]):

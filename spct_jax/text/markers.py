@@ -99,6 +99,7 @@ def _words(marker: str) -> str:
 
 _NAMES = '|'.join(_words(header.strip('# ')) for header in HEADERS)
 _OPENING = rf'the{_GAP}(?:begin|end)(?:ning|ing)?{_GAP}of{_GAP}response'
+_HINTS = '|'.join(map(_words, ('the best response is', 'the correct score is')))
 _SIGNS = r'(?:[^\w\n]|_)*'
 _PREFIX = rf'{_SIGNS}(?:\d{{1,2}}{_SIGNS})?'
 _RATED = rf'(?:(?:final|overall){_GAP})?score'
@@ -112,7 +113,7 @@ _OPENINGS_JOINED = (
     re.compile(rf'(?<=\[)(?={_GAP}{_OPENING})'),
 )
 _LABELS_JOINED = (
-    re.compile(rf'(?:{_words("the best response is")}|{_words("the correct score is")})(?={_SIGN})'),
+    re.compile(rf'(?:{_HINTS})(?={_SIGN})'),
 )
 _OPENINGS = (re.compile(rf'(?<=#)(?={_GAP}(?:{_NAMES}){_GAP}#)'),)
 _LABEL_LINES = (

@@ -1,7 +1,7 @@
 """The real stages on canned judgements: filters, rewards, votes, flips, ties, intervals and report, to the digit.
 
-Mutations seen to fail here: the order undone twice or not at all; ties credited 1 or 0; blocks of k overlapping;
-an unparsed sample given the score 0 with valid True; too-easy applied to hinted samples; the hinted prompt learnt.
+Mutations seen to fail here: the order not undone; a tie credited 1; an unparsed sample counted as valid; the too-easy
+rule applied to hinted samples.
 """
 
 import json

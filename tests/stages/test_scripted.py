@@ -190,3 +190,21 @@ def test_a_stage_alone_and_chained_are_the_same(run, workdir):
   for stage in ('sample', 'rft'):
     path = run(script, stage=stage, folder='alone')
   assert (path / 'rft' / 'kept.jsonl').read_bytes() == (workdir / 'rft' / 'kept.jsonl').read_bytes()
+
+
+@pytest.mark.parametrize('keep_hint', [False, True])
+def test_a_hinted_sample_is_learnt_without_its_hint(workdir, config, keep_hint):
+  # Seen to catch: the prompt as it was sampled, whatever keep_hint says.
+  from spct_jax.stages import loading, rft
+  tok = loading.tokenizer(config)
+  settings = loading.judge_settings(config, config.sample, orders='shuffle', single='binary')
+  kept = list(records.read_trajectories(workdir / 'rft' / 'kept.jsonl'))
+  rows, too_long = rft._rows(kept, loading.data(config).train, settings, tok, keep_hint, (384,))
+  assert len(rows) == len(kept) == 6 and not too_long
+  for row, trajectory in zip(rows, kept):
+    hint = 'The best response is' in tok.decode(row.prompt_ids)
+    assert hint == (trajectory.hinted and keep_hint)
+    assert row.completion_ids == trajectory.token_ids
+    # The same responses in the same order, hint or not.
+    shown = tok.decode(trajectory.prompt_ids).partition('The best response is')[0]
+    assert tok.decode(row.prompt_ids)[:200] == shown[:200]

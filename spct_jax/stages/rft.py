@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from spct_jax import records, types
+from spct_jax import types
 from spct_jax.algos import outcome, rft
 from spct_jax.data import stream
 from spct_jax.judges import grm

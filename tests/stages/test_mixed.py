@@ -21,7 +21,7 @@ import pytest
 
 from spct_jax import records, sharding, stages
 from spct_jax.judges import grm
-from spct_jax.stages import evaluate, grpo, loading, meta_rm, workdir as workdirs
+from spct_jax.stages import evaluate, grpo, loading, measure, meta_rm, workdir as workdirs
 from spct_jax.testing import scripted
 from spct_jax.text import tokenizer as tokenizers
 
@@ -249,17 +249,17 @@ META = {
 
 def pool_of(ran, meta):
   drawn = ran.trajectories('evaluate/base.jsonl')
-  return evaluate.pool_of(
+  return measure.pool_of(
       ran.data.heldout, drawn, samples=4, logits={(t.uid, t.sample): meta[t.uid][t.sample] for t in drawn}
   )
 
 
 def items_of(ran):
-  return evaluate.items_of(ran.data.heldout, np.asarray([e.uid != 'h' for e in ran.data.heldout]))
+  return measure.items_of(ran.data.heldout, np.asarray([e.uid != 'h' for e in ran.data.heldout]))
 
 
 def guided_rows(ran, meta, *, k_meta, temperature):
-  return evaluate.rows_of(
+  return measure.rows_of(
       'base', pool_of(ran, meta), items_of(ran), benchmark='x', temperature=0.5, ks=(1, 2, 4), k_meta=k_meta,
       soft_temperature=temperature, threshold=5.5,
   )  # fmt: skip

@@ -59,8 +59,6 @@ def check(names: tuple[str, ...], config: Any, workdir: Workdir, mesh: Any) -> N
         )
     written.update(module.WRITES)
   budget.report(config, mesh, names)
-  if names == ('sft',):  # the one stage that reads no preferences
-    return
   found = loading.data(config)
   processes.say(
       f'data: {len(found.train)} items to train on, {len(found.heldout)} to evaluate'

@@ -31,7 +31,6 @@ def get_config(arg: str | None = None) -> ConfigDict:
   prompt = ((1024, 3072) if smoke else (1024, 2048, 4096)) if long else ((256, 512) if smoke else (256, 512, 1024))
   answer = 16 if smoke else 96
   rows = (prompt[-1] + answer,) if smoke else (prompt[-2] + answer, prompt[-1] + answer)
-  parts = 2 if long else 1
 
   config = ConfigDict()
   config.stage = 'pipeline'  # sft, sample, rft, grpo, meta_rm, evaluate, or pipeline: all of pipeline.stages
@@ -104,14 +103,14 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.sample.top_k = 0  # 0 = off
   config.sample.min_p = 0.0
 
-  config.rft = _training(steps=4 if smoke else 100, batch=8, parts=parts, lr=5e-4, every=2 if smoke else 25)
+  config.rft = _training(steps=4 if smoke else 100, batch=8, parts=1, lr=5e-4, every=2 if smoke else 25)
   config.rft.init = 'sft'
   config.rft.buckets = rows
   config.rft.general_fraction = 0.852  # share of general instruction rows in the mix (paper section 3)
   config.rft.drop_too_easy = True  # drop an item's plain samples when all of them are right (paper 2.3)
   config.rft.keep_hint = False  # train hinted samples on the hinted prompt (the paper is silent: off)
 
-  config.grpo = _training(steps=2 if smoke else 40, batch=4, parts=2 * parts, lr=1e-4, every=1 if smoke else 10)
+  config.grpo = _training(steps=2 if smoke else 40, batch=4, parts=2 if long else 1, lr=1e-4, every=1 if smoke else 10)
   config.grpo.eps = 1e-6  # a batch without signal has a gradient of float noise, which a smaller eps would blow up to lr
   config.grpo.init = 'rft'  # the policy's start and the frozen reference
   config.grpo.buckets = rows
@@ -127,7 +126,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.grpo.top_k = 0
   config.grpo.min_p = 0.0
 
-  config.meta_rm = _training(steps=4 if smoke else 60, batch=8, parts=parts, lr=5e-4, every=2 if smoke else 20)
+  config.meta_rm = _training(steps=4 if smoke else 60, batch=8, parts=1, lr=5e-4, every=2 if smoke else 20)
   config.meta_rm.init = 'base'  # the backbone; the scalar head is new
   config.meta_rm.buckets = rows
   config.meta_rm.policy = 'grpo'  # whose trajectories are added to those of the sample stage

@@ -1,7 +1,7 @@
 """The whole of SPCT with a small decoder, on any preference file: sample, reject, fine-tune, GRPO, meta-RM, vote, report.
 
-    python -m spct_jax.main --config=configs/spct_small.py --workdir=/tmp/spct            # about 15 min on 2 CPU cores
-    python -m spct_jax.main --config=configs/spct_small.py:smoke --workdir=/tmp/smoke     # under a minute
+    python -m spct_jax.main --config=configs/spct_small.py --workdir=/tmp/spct            # tens of minutes on 2 CPU cores
+    python -m spct_jax.main --config=configs/spct_small.py:smoke --workdir=/tmp/smoke     # under a minute; published files, with their long texts, take 2 to 6
 
 Choices after the colon:
 
@@ -30,7 +30,11 @@ def get_config(arg: str | None = None) -> ConfigDict:
   long = choice['data'] != 'builtin'  # published texts are longer than those that the package carries
   prompt = ((1024, 3072) if smoke else (1024, 2048, 4096)) if long else ((256, 512) if smoke else (256, 512, 1024))
   answer = 16 if smoke else 96
-  rows = (prompt[-1] + answer,) if smoke else (prompt[-2] + answer, prompt[-1] + answer)
+  rows = (prompt[-2] + answer, prompt[-1] + answer)  # row lengths in training, prompt and answer
+  if long:
+    rows = (512, *rows)  # general instruction rows are short
+  elif smoke:
+    rows = rows[-1:]  # one length compiles once
 
   config = ConfigDict()
   config.stage = 'pipeline'  # sft, sample, rft, grpo, meta_rm, evaluate, or pipeline: all of pipeline.stages
@@ -48,7 +52,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
   if choice['data'] == 'builtin':
     config.data.path = 'builtin:preferences'
   config.data.reader = 'auto' if choice['data'] == 'builtin' else choice['data']  # row format; auto: by its columns
-  config.data.limit = 40 if smoke else 512  # items read at most; 0 = all
+  config.data.limit = (16 if long else 40) if smoke else 512  # items read at most; 0 = all
   config.data.heldout = 0.25  # share of items kept from training; evaluated if eval_path is empty
   config.data.eval_path = ''  # a file of its own for the evaluation
   config.data.eval_reader = 'auto'
@@ -103,14 +107,17 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.sample.top_k = 0  # 0 = off
   config.sample.min_p = 0.0
 
-  config.rft = _training(steps=4 if smoke else 100, batch=8, parts=1, lr=5e-4, every=2 if smoke else 25)
+  config.rft = _training(steps=(2 if long else 4) if smoke else 100, batch=8, parts=1, lr=5e-4, every=2 if smoke else 25)
   config.rft.init = 'sft'
   config.rft.buckets = rows
   config.rft.general_fraction = 0.852  # share of general instruction rows in the mix (paper section 3)
   config.rft.drop_too_easy = True  # drop an item's plain samples when all of them are right (paper 2.3)
   config.rft.keep_hint = False  # train hinted samples on the hinted prompt (the paper is silent: off)
 
-  config.grpo = _training(steps=2 if smoke else 40, batch=4, parts=2 if long else 1, lr=1e-4, every=1 if smoke else 10)
+  config.grpo = _training(
+      steps=2 if smoke else 40, batch=2 if smoke and long else 4, parts=1 if smoke or not long else 2, lr=1e-4,
+      every=1 if smoke else 10,
+  )
   config.grpo.eps = 1e-6  # a batch without signal has a gradient of float noise, which a smaller eps would blow up to lr
   config.grpo.init = 'rft'  # the policy's start and the frozen reference
   config.grpo.buckets = rows
@@ -126,7 +133,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.grpo.top_k = 0
   config.grpo.min_p = 0.0
 
-  config.meta_rm = _training(steps=4 if smoke else 60, batch=8, parts=1, lr=5e-4, every=2 if smoke else 20)
+  config.meta_rm = _training(steps=(2 if long else 4) if smoke else 60, batch=8, parts=1, lr=5e-4, every=2 if smoke else 20)
   config.meta_rm.init = 'base'  # the backbone; the scalar head is new
   config.meta_rm.buckets = rows
   config.meta_rm.policy = 'grpo'  # whose trajectories are added to those of the sample stage

@@ -115,8 +115,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.rft.keep_hint = False  # train hinted samples on the hinted prompt (the paper is silent: off)
 
   config.grpo = _training(
-      steps=2 if smoke else 40, batch=2 if smoke and long else 4, parts=1 if smoke or not long else 2, lr=1e-4,
-      every=1 if smoke else 10,
+      steps=2 if smoke else 40, batch=4, parts=2 if long else 1, lr=1e-4, every=1 if smoke else 10
   )
   config.grpo.eps = 1e-6  # a batch without signal has a gradient of float noise, which a smaller eps would blow up to lr
   config.grpo.init = 'rft'  # the policy's start and the frozen reference

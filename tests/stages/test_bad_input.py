@@ -59,6 +59,7 @@ def config(folder):
   found.judge.buckets, found.judge.max_new_tokens = (256, 512), 16
   for stage in ('sft', 'rft', 'grpo', 'meta_rm'):
     found[stage].buckets, found[stage].microbatches = (544,), 1
+  found.grpo.batch = 4
   return found
 
 

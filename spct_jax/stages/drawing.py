@@ -3,7 +3,10 @@
 import pathlib
 from collections.abc import Iterable, Sequence
 
+import numpy as np
+
 from spct_jax import records, types
+from spct_jax.algos import outcome
 from spct_jax.judges import grm
 from spct_jax.stages import processes
 from spct_jax.stages.progress import Progress
@@ -57,6 +60,16 @@ def save(path: pathlib.Path, trajectories: Iterable[types.Trajectory]) -> None:
 def load(path: pathlib.Path) -> tuple[types.Trajectory, ...]:
   """Every trajectory of a file."""
   return tuple(records.read_trajectories(path))
+
+
+def judged(
+    examples: Sequence[types.Example], grouped: Sequence[Sequence[types.Trajectory]]
+) -> tuple[types.Judgments, np.ndarray]:
+  """(judgments, correct bool[B, K]) of each item's trajectories: Eq 10 against the items' labels."""
+  found = grm.judgments([len(e.responses) for e in examples], grouped)
+  label = np.asarray([e.label for e in examples], np.int32)
+  correct = outcome.correct(found.scores, found.valid, label, found.response_mask)
+  return found, np.asarray(correct)
 
 
 def overlong(

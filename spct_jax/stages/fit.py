@@ -45,8 +45,7 @@ class Session:
       state, done = states.from_params(params(), self.optimizer, self.shardings), 0
     else:
       state, _ = self.checkpoints.restore(self.abstract, self.shardings, done)
-      if processes.is_writer():
-        print(f'{self.stage}: continues after step {done}', flush=True)
+      processes.say(f'{self.stage}: continues after step {done}')
     self.writer.truncate(done - 1)
     return state, done
 

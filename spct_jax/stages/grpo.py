@@ -127,13 +127,9 @@ def hard(
 ) -> tuple[types.Example, ...]:
   """Leaves out the items that every plain sample got right (paper 2.5); items without samples stay."""
   grouped = grm.group(examples, plain)
-  judged = grm.judgments([len(e.responses) for e in examples], grouped)
-  if not judged.valid.size:
+  _, correct = drawing.judged(examples, grouped)
+  if not correct.size:
     return examples
-  label = np.asarray([e.label for e in examples], np.int32)
-  correct = np.asarray(
-      outcome.correct(judged.scores, judged.valid, label, judged.response_mask)
-  )
   drawn = np.arange(correct.shape[1])[None, :] < np.asarray([len(g) for g in grouped])[:, None]
   easy = np.asarray(rft.too_easy(correct, ~drawn))
   left = tuple(e for e, out in zip(examples, easy) if not out)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from spct_jax import sharding, types
-from spct_jax.algos import metrics, outcome
+from spct_jax.algos import metrics
 from spct_jax.data import heldout, stream
 from spct_jax.judges import grm, meta
 from spct_jax.stages import checks, drawing, fit, loading, processes, sample
@@ -30,13 +30,7 @@ def targets(
     examples: tuple[types.Example, ...], grouped: list[list[types.Trajectory]]
 ) -> list[np.ndarray]:
   """bool[len(group)] per item: whether each trajectory is right by Eq 10."""
-  judged = grm.judgments([len(e.responses) for e in examples], grouped)
-  label = np.asarray([e.label for e in examples], np.int32)
-  if not judged.valid.size:
-    return [np.zeros(0, bool) for _ in examples]
-  correct = np.asarray(
-      outcome.correct(judged.scores, judged.valid, label, judged.response_mask)
-  )
+  _, correct = drawing.judged(examples, grouped)
   return [correct[i, : len(group)] for i, group in enumerate(grouped)]
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from spct_jax import types
-from spct_jax.algos import outcome, rft
+from spct_jax.algos import rft
 from spct_jax.data import stream
 from spct_jax.judges import grm
 from spct_jax.stages import checks, drawing, fit, loading, processes, sample, sft
@@ -36,8 +36,7 @@ def select(
       p + h
       for p, h in zip(grm.group(examples, plain), grm.group(examples, hinted, hinted=True))
   ]
-  judged = grm.judgments([len(e.responses) for e in examples], grouped)
-  label = np.asarray([e.label for e in examples], np.int32)
+  judged, correct = drawing.judged(examples, grouped)
   b, k = judged.valid.shape
   if k == 0:
     return [], {'drawn': 0, 'kept': 0}
@@ -46,9 +45,6 @@ def select(
   for i, group in enumerate(grouped):
     drawn[i, : len(group)] = True
     is_hinted[i, : len(group)] = [t.hinted for t in group]
-  correct = np.asarray(
-      outcome.correct(judged.scores, judged.valid, label, judged.response_mask)
-  )
   # A sample that was never drawn (over-long items) is hinted-and-wrong here: it changes no rule.
   keep = np.asarray(rft.keep(correct, is_hinted | ~drawn)) if drop_too_easy else correct
   kept = [t for i, group in enumerate(grouped) for j, t in enumerate(group) if keep[i, j]]

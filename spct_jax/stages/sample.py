@@ -7,9 +7,6 @@ kept is decided by the rft stage.
 import json
 from typing import Any
 
-import numpy as np
-
-from spct_jax.algos import outcome
 from spct_jax.judges import grm
 from spct_jax.stages import checks, drawing, loading, processes
 from spct_jax.stages.workdir import Workdir
@@ -91,9 +88,5 @@ def run(config: Any, workdir: Workdir, mesh: Any, generate: Any = None) -> None:
 def unsolved(examples, drawn):
   """Items none of whose plain samples is right (paper 2.3 leaves open which items are hinted)."""
   grouped = grm.group(examples, drawn)
-  judged = grm.judgments([len(e.responses) for e in examples], grouped)
-  label = np.asarray([e.label for e in examples], np.int32)
-  correct = np.asarray(
-      outcome.correct(judged.scores, judged.valid, label, judged.response_mask)
-  )
+  _, correct = drawing.judged(examples, grouped)
   return tuple(e for e, right in zip(examples, correct.any(axis=1)) if not right)

@@ -45,10 +45,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.pipeline.stages = ('sft', 'sample', 'rft', 'grpo', 'meta_rm', 'evaluate')
 
   config.tokenizer = ConfigDict()
-  config.tokenizer.path = choice['tokenizer']  # folder with tokenizer.json (or vocab and merges), or builtin:small
+  config.tokenizer.path = choice['tokenizer']  # folder with tokenizer.json (or vocab and merges), builtin:small, or package:...
 
   config.data = ConfigDict()
-  config.data.path = choice['path']  # preference file, JSONL or JSONL.gz; or tfds:NAME:SPLIT
+  config.data.path = choice['path']  # JSONL or JSONL.gz; or tfds:..., made:..., package:... (data/sources.py)
   if choice['data'] == 'builtin':
     config.data.path = 'builtin:preferences'
   config.data.reader = 'auto' if choice['data'] == 'builtin' else choice['data']  # row format; auto: by its columns
@@ -57,6 +57,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.data.eval_path = ''  # a file of its own for the evaluation
   config.data.eval_reader = 'auto'
   config.data.eval_limit = 6 if smoke else 128  # items evaluated at most; 0 = all
+  config.data.validation_path = ''  # a file of items that only watch training; empty: taken from the training items
+  config.data.validation_limit = 4 if smoke else 32  # validation items at most; 0 = none
   config.data.instructions = 'builtin:instructions'  # general instruction data, for sft and for RFT's mix
 
   config.model = ConfigDict()
@@ -83,7 +85,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.model.logits_chunk = 256  # positions whose logits training holds at once; 0 = all
 
   config.judge = ConfigDict()
-  config.judge.template = 'short'  # folder of prompt templates: short, grm (the released models' interface), or a path
+  config.judge.template = 'short'  # folder of prompt templates: short, grm (the released models' interface), package:..., or a path
   config.judge.given_principles = False  # put an item's own principles into the prompt (Eq 8)
   config.judge.reference_answer = False  # put an item's reference answer into the prompt
   config.judge.buckets = prompt  # prompt lengths in tokens; the last is the limit
@@ -94,6 +96,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
   config.sft = _training(steps=4 if smoke else 100, batch=8, parts=1, lr=1e-3, every=2 if smoke else 25)
   config.sft.init = 'base'  # base: config.model; or the name of a stage that wrote a checkpoint
+  config.sft.data = ''  # rows to learn from, as data.instructions; empty: those
+  config.sft.order = 'shuffle'  # shuffle: each epoch in an order of its own; given: as the source has them (a curriculum)
   config.sft.buckets = (256, 512)  # row lengths in tokens, prompt and answer
 
   config.sample = ConfigDict()
@@ -127,6 +131,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.grpo.advantage_eps = 1e-6  # added to the group's population standard deviation
   config.grpo.updates = 1  # optimizer steps per rollout (mu)
   config.grpo.old_logp = 'sampler'  # pi_old: the sampler's log-probabilities, or recomputed by the learner
+  config.grpo.validate_every = 1 if smoke else 10  # steps between two judgements of the validation items; 0 = never
+  config.grpo.validate_samples = 2 if smoke else 4  # samples per validation item, at the temperature of training
   config.grpo.temperature = 1.0
   config.grpo.top_p = 1.0
   config.grpo.top_k = 0
@@ -143,8 +149,18 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.meta_rm.min_p = 0.0
   config.meta_rm.heldout = 0.1  # share of items whose trajectories measure ROC-AUC
 
+  config.trackers = ConfigDict()  # what is counted in the judge's text, in GRPO and in the evaluation; '' = off
+  # The one group is the list of principles, in what the templates short and grm ask for.
+  config.trackers.principles = r'(?s)Specific Criteria:\s*(?:1[.)]\s*)?(.*?)\s*Analysis:'
+  # Between two principles: a weight in brackets, then a comma, semicolon or line end, then a number.
+  config.trackers.separator = r'(?:\s*\([^()]*\))?\s*(?:[,;\n]\s*(?:\d+[.)]\s*)?|$)'
+  config.trackers.samples = 8  # of an item, whose distinct sets of principles are counted; fewer if fewer are drawn
+  config.trackers.patterns = ConfigDict()  # name -> regex: the share of judgements whose text it matches
+  config.trackers.patterns.format = r'(?s)Specific Criteria:.*Analysis:.*Scores:'  # all three parts, in order
+
   config.evaluate = ConfigDict()
   config.evaluate.models = ('sft', 'rft', 'grpo')  # rows of the report
+  config.evaluate.names = ()  # what the report calls the models, one name each; (): their own names
   config.evaluate.benchmark = choice['data']  # the name in the report
   config.evaluate.samples = 4 if smoke else 32  # the pool that votes are cut from
   config.evaluate.ks = (1, 2, 4) if smoke else (1, 2, 4, 8, 16, 32)
@@ -159,7 +175,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.evaluate.min_p = 0.0
   config.evaluate.single = 'scale'  # one response: the 1..10 scale at test time, or 'binary' as in training (paper 4.2)
   config.evaluate.meta = 'meta_rm'  # the stage whose meta-RM guides votes; empty: plain votes only
-  config.evaluate.meta_batch = 16  # trajectories per call of the meta-RM
+  config.evaluate.meta_batch = 16  # trajectories per call of the meta-RM, and rows of instructions per call
+  config.evaluate.instructions = ''  # held-out general instruction data: what training costs elsewhere; '' = off
+  config.evaluate.show = 1  # items to print with each stage's judgement, beginning with what training changed
 
   config.mesh = ConfigDict()  # devices per axis; one may be -1: the rest
   config.mesh.data = -1  # copies of the parameters

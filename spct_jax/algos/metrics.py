@@ -113,6 +113,29 @@ def summary(
   return {'accuracy': accuracy, 'stderr': stderr, 'low': low, 'high': high, 'items': items}
 
 
+def paired(
+    credit: Num[Array, ' B'], other: Num[Array, ' B'], counted: Bool[Array, ' B']
+) -> dict[str, float | int]:
+  """How much more `credit` earns than `other`, item by item: gain, stderr, low, high and items.
+
+  Both are credits of the same items, so what makes an item easy or hard for both cancels. The gain
+  is in -1..1; stderr is the standard deviation of the items' differences (ddof 1) / sqrt(items); the
+  interval is the normal one, 95 %. Where all differences are alike it would have no width: then
+  Wilson's bound for a share never seen in `items` trials is put on either side. No item at all: gain
+  0 and the interval [-1, 1].
+  """
+  difference = (np.asarray(credit, np.float64) - np.asarray(other, np.float64))[np.asarray(counted)]
+  items = int(difference.size)
+  if not items:
+    return {'gain': 0.0, 'stderr': 0.0, 'low': -1.0, 'high': 1.0, 'items': 0}
+  gain = float(difference.mean())
+  alike = bool(np.all(difference == difference[0]))
+  stderr = 0.0 if alike else float(difference.std(ddof=1) / math.sqrt(items))
+  half = wilson(0.0, items)[1] if alike else _Z95 * stderr
+  low, high = max(-1.0, gain - half), min(1.0, gain + half)
+  return {'gain': gain, 'stderr': stderr, 'low': low, 'high': high, 'items': items}
+
+
 def wilson(share: Number, number: Number) -> tuple[float, float]:
   """Wilson's 95 % score interval of a share seen in `number` trials, which may be a fraction."""
   z2 = _Z95**2

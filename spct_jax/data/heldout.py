@@ -3,7 +3,7 @@
 An item belongs to the held-out part if the hash of (seed, uid) falls below `fraction`: adding,
 removing or reordering other items never moves it. The part has about that share of the items, not
 exactly. Hashing the prompt instead of the uid (`by='prompt'`) keeps all items with one prompt on
-one side.
+one side. `take` holds out a number of items instead of a share.
 
 Contamination is a prompt on both sides: the same conversation, up to case and white space.
 """
@@ -83,6 +83,29 @@ def split(
       f' {len(held_out)} held out: use another fraction, another seed, or more items'
     )
   return Split(tuple(train), tuple(held_out), contamination(train, held_out))
+
+
+def take(examples: Sequence[Example], limit: int, seed: int) -> Split:
+  """Holds out at most `limit` examples: whole prompts, those of the lowest hash first.
+
+  With a `split` by 'prompt' of the same seed before it, this is the next slice of the same order. An
+  empty part is an error.
+  """
+  by_prompt: dict[str, list[int]] = {}
+  for i, example in enumerate(examples):
+    by_prompt.setdefault(prompt_key(example), []).append(i)
+  chosen: set[int] = set()
+  for key in sorted(by_prompt, key=lambda key: (_unit(key, seed), key)):
+    if len(chosen) + len(by_prompt[key]) <= limit:
+      chosen.update(by_prompt[key])
+  train = tuple(example for i, example in enumerate(examples) if i not in chosen)
+  held_out = tuple(example for i, example in enumerate(examples) if i in chosen)
+  if not (train and held_out):
+    raise ValueError(
+      f'taking {limit} of {len(examples)} items ({len(by_prompt)} prompts, which stay whole) leaves'
+      f' {len(train)} to train on and {len(held_out)} held out: take another number, or give more items'
+    )
+  return Split(train, held_out, ())
 
 
 def _unit(key: str, seed: int) -> float:

@@ -3,11 +3,16 @@
 A row is {messages: [..., assistant]} (or `conversations`), or {prompt, completion}, or
 {instruction, input, output}, with the names of columns that `plain` knows. It becomes an Example
 with one response and no label: `messages` up to the query, and the answer.
+
+Where the answer's content is a list of parts, a part {type: 'text', text, train: false} is read and not
+learnt: what cannot be known, such as the choice among many right continuations, then costs no gradient.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import os
+from typing import Any
 
 from spct_jax.data import items, plain, preference
 from spct_jax.data.items import Skipped, Unusable
@@ -20,6 +25,13 @@ COLUMNS = (
   'messages (or conversations) that end with an assistant turn, or prompt + completion, or'
   ' instruction (+ input) + output'
 )
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction(Example):
+  """A conversation whose answer is learnt in parts: (text, whether it is learnt), which joined are the answer."""
+
+  pieces: tuple[tuple[str, bool], ...] = ()
 
 
 def accepts(row: dict) -> bool:
@@ -46,7 +58,22 @@ def read(raw: RawRow) -> tuple[Example | Skipped, ...]:
     )
   subset = items.optional_word(raw, ('subset', 'source')) or 'all'
   example = Example(items.uid_of(raw), tuple(context), (answer.content,), subset=subset)
+  pieces = _pieces(raw.row[name][-1].get('content'), raw.where)
+  if pieces:
+    example = Instruction(example.uid, example.messages, example.responses, subset=subset, pieces=pieces)
   return (items.usable(example, raw.where),)
+
+
+def _pieces(content: Any, where: str) -> tuple[tuple[str, bool], ...]:
+  """The parts of an answer with their flags; none where all of it is learnt."""
+  if not isinstance(content, list) or not any('train' in part for part in content):
+    return ()
+  for part in content:
+    if not isinstance(part.get('train', True), bool):
+      raise ValueError(f"{where}: 'train' of a part must be true or false, got {part['train']!r}")
+  if not any(part.get('train', True) for part in content):
+    raise ValueError(f"{where}: every part of the answer has train=false, so there is nothing to learn; drop the row")
+  return tuple((part['text'], part.get('train', True)) for part in content)
 
 
 READERS = {'instructions': Reader(read, accepts, COLUMNS)}

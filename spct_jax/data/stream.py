@@ -35,6 +35,17 @@ def indices(seed: int, step: int, batch_size: int, size: int) -> tuple[np.ndarra
   return _rows(seed, 0, _positions(step, batch_size), size)
 
 
+def in_order(seed: int, step: int, batch_size: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+  """As `indices`, with every epoch in the order of the source: a curriculum."""
+  _check(seed, step, batch_size, (size,))
+  positions = _positions(step, batch_size)
+  return positions % size, (positions // size).astype(np.int32)
+
+
+# How a source becomes batches, by the name that a config gives it.
+ORDERS = {'shuffle': indices, 'given': in_order}
+
+
 def visits(step: int, batch_size: int, size: int) -> np.ndarray:
   """int32[batch]: how often each row of batch `step` was seen in earlier epochs."""
   _check(0, step, batch_size, (size,))

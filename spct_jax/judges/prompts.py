@@ -30,6 +30,7 @@ import re
 
 import numpy as np
 
+from spct_jax import packaged
 from spct_jax.text import markers
 from spct_jax.types import Example, Prompt, Span
 
@@ -62,8 +63,14 @@ class Template:
 
 
 def load_template(name: str | pathlib.Path) -> Template:
-  """Reads 'grm' (the released models' format), 'short' (few tokens), or a folder of your own."""
-  folder = _BUILTIN / name if str(name) in builtin_templates() else pathlib.Path(name)
+  """Reads 'grm' (the released models' format), 'short' (few tokens), or a folder of your own.
+
+  'package:MODULE/folder' is a folder that an importable package carries.
+  """
+  if str(name).startswith(packaged.PREFIX):
+    folder = packaged.resolve(str(name))
+  else:
+    folder = _BUILTIN / name if str(name) in builtin_templates() else pathlib.Path(name)
   if not folder.is_dir():
     raise ValueError(
         f'template: no folder {str(name)!r}; allowed: {", ".join(builtin_templates())}, '
@@ -246,17 +253,23 @@ def orders(
   if kind == 'fixed':
     return [tuple(range(n))] * samples
   name = (kind, seed, stage, visit, uid)
+  bits = np.random.Philox(key=0)  # made once: making one costs ten times what keying it anew does
   if kind == 'shuffle':
-    return [_permutation(n, (*name, sample)) for sample in range(samples)]
-  base = _permutation(n, name)
+    return [_permutation(n, (*name, sample), bits) for sample in range(samples)]
+  base = _permutation(n, name, bits)
   return [base[sample % n:] + base[: sample % n] for sample in range(samples)]
 
 
-def _permutation(n: int, name: tuple[str | int, ...]) -> tuple[int, ...]:
-  """Fisher-Yates on raw Philox words: numpy promises the words, not the methods built on them."""
+def _permutation(n: int, name: tuple[str | int, ...], bits: np.random.Philox) -> tuple[int, ...]:
+  """Fisher-Yates on raw Philox words: numpy promises the words, not the methods built on them.
+
+  `bits` is keyed anew and starts at counter 0, whatever was drawn from it.
+  """
   text = ''.join(f'{len(str(part))}:{part}' for part in name)
   digest = hashlib.blake2b(text.encode('utf-8', 'surrogatepass'), digest_size=16).digest()
-  bits = np.random.Philox(key=int.from_bytes(digest, 'little'))
+  start = {'counter': np.zeros(4, np.uint64), 'key': np.frombuffer(digest, '<u8')}
+  # A buffer position of 4 is a buffer used up: the next word is the first of the counter.
+  bits.state = bits.state | {'state': start, 'buffer_pos': 4}
   places = list(range(n))
   for last in range(n - 1, 0, -1):
     # Words beyond the largest multiple of `choices` are drawn again: folding them in is uneven.

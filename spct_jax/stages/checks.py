@@ -5,8 +5,8 @@ A pipeline calls it for all its stages before the first one works.
 
 from typing import Any
 
-from spct_jax.data import instructions
-from spct_jax.stages import loading
+from spct_jax.data import instructions, stream
+from spct_jax.stages import loading, trackers
 from spct_jax.train import update
 
 ORDERS = ('shuffle', 'balanced', 'fixed')
@@ -32,13 +32,16 @@ def training(config: Any, mesh: Any, stage: str) -> None:
     raise ValueError(f'{stage}.batch: {error}') from None
   if stage == 'rft' and not 0 <= fields.general_fraction <= 1:
     raise ValueError(f'rft.general_fraction: got {fields.general_fraction}; allowed: 0 to 1')
+  if stage == 'sft' and fields.order not in stream.ORDERS:
+    raise ValueError(f'sft.order: got {fields.order!r}; allowed: {", ".join(map(repr, stream.ORDERS))}')
   if stage == 'sft' or (stage == 'rft' and fields.general_fraction > 0):
-    if not config.data.instructions:
+    source = loading.sft_data(config) if stage == 'sft' else config.data.instructions
+    if not source:
       raise ValueError(
           f'data.instructions is empty, and {stage} learns from it; give a file of general instruction data'
-          + (', or set rft.general_fraction=0' if stage == 'rft' else '')
+          + (', or set rft.general_fraction=0' if stage == 'rft' else ', or set sft.data')
       )
-    instructions.load(config.data.instructions, strict=config.strict)  # says what is wrong with the file
+    instructions.load(source, strict=config.strict)  # says what is wrong with the file
 
 
 def sampling(config: Any, stage: str) -> None:
@@ -77,6 +80,15 @@ def grpo(config: Any, mesh: Any) -> None:
   training(config, mesh, 'grpo')
   sampling(config, 'grpo')
   _at_least('grpo.updates', fields.updates, 1)
+  _at_least('grpo.validate_every', fields.validate_every, 0)
+  _at_least('grpo.validate_samples', fields.validate_samples, 1)
+  _at_least('data.validation_limit', config.data.validation_limit, 0)
+  if fields.validate_every and not config.data.validation_limit:
+    raise ValueError(
+        f'grpo.validate_every: got {fields.validate_every} with data.validation_limit=0, so there is nothing to '
+        'validate on; set data.validation_limit to a number of items, or grpo.validate_every=0'
+    )
+  trackers.compiled(config.trackers)
   longest = config.judge.buckets[-1] + config.judge.max_new_tokens
   if fields.buckets[-1] < longest:
     raise ValueError(
@@ -98,6 +110,7 @@ def grpo(config: Any, mesh: Any) -> None:
 def evaluation(config: Any, mesh: Any) -> None:
   """Votes must fit into the pool, and the voters into the vote."""
   sampling(config, 'evaluate')
+  trackers.compiled(config.trackers)
   fields = config.evaluate
   ks = tuple(fields.ks)
   _ascending('evaluate.ks', ks)
@@ -119,18 +132,33 @@ def evaluation(config: Any, mesh: Any) -> None:
     )
   if fields.single not in ('binary', 'scale'):
     raise ValueError(f"evaluate.single: got {fields.single!r}; allowed: 'binary', 'scale'")
-  if fields.meta:
+  _at_least('evaluate.show', fields.show, 0)
+  if fields.meta or fields.instructions:
     _at_least('evaluate.meta_batch', fields.meta_batch, 1)
     try:
       update.check_rows(fields.meta_batch, 1, mesh)
     except ValueError as error:
       raise ValueError(f'evaluate.meta_batch: {error}') from None
+  if fields.instructions:
+    _ascending('sft.buckets', config.sft.buckets)  # the lengths of its rows
+    instructions.load(fields.instructions, strict=config.strict)  # says what is wrong with the file
+  if fields.meta:
     if fields.soft and not fields.soft_temperature > 0:
       raise ValueError(f'evaluate.soft_temperature: got {fields.soft_temperature}; allowed: above 0')
   if len(set(fields.models)) != len(fields.models):
     raise ValueError(f'evaluate.models: got {tuple(fields.models)}; allowed: each at most once')
   if not fields.models:
     raise ValueError('evaluate.models: got none; name at least one of base, sft, rft, grpo')
+  names = tuple(fields.names)
+  if names and (
+      len(names) != len(fields.models)
+      or len(set(names)) != len(names)
+      or not all(isinstance(name, str) and name.strip() for name in names)
+  ):
+    raise ValueError(
+        f'evaluate.names: got {names} for the models {tuple(fields.models)}; allowed: () for their own names, or one '
+        'distinct name for each, in the same order'
+    )
 
 
 def stage(config: Any, mesh: Any, name: str) -> None:

@@ -3,23 +3,29 @@
     pool     K samples per held-out item at `temperature`, an order per sample; the same orders and uniforms for
              every model, so that models are compared on the same draws
     greedy   temperature 0 under two orders, so that it too has an order-flip rate
-    votes    k of `ks`: plain, guided hard (the k_meta best by the meta-RM) and soft (a named departure)
+    votes    k of `ks`: plain, guided hard (the k_meta best by the meta-RM) and soft (a named departure), and what
+             guidance gains over the plain vote of the same samples
+    general  held-out instruction data: which answers greedy decoding reproduces, and their likelihood
 
-Writes results.json, report.md and figures/ to the workdir, one row per item and model to
-evaluate/examples.jsonl, and every trajectory to evaluate/<model>.jsonl.
+Writes results.json, report.md and figures/ to the workdir, one row per item and stage to
+evaluate/examples.jsonl, general instruction data to evaluate/instructions.json (it has no votes, so it is no row
+of results.json), and every trajectory to evaluate/<model>.jsonl. `evaluate.names` are what tables and figures call
+the models; files keep the models' own names.
 """
 
 import dataclasses
+import json
 import pathlib
 from typing import Any
 
 import numpy as np
 
-from spct_jax import records
+from spct_jax import records, types
 from spct_jax.algos import metrics
 from spct_jax.judges import grm, meta
 from spct_jax.stages import (
-    checks, drawing, figures, loading, logbook, measure, meta_rm, processes, report, results,
+    checks, console, drawing, exhibit, figures, general, loading, logbook, measure, meta_rm, processes, report,
+    results, trackers,
 )
 from spct_jax.stages import workdir as workdirs
 from spct_jax.stages.progress import Progress
@@ -35,6 +41,17 @@ WRITES = (
 )
 
 
+@dataclasses.dataclass(frozen=True)
+class Said:
+  """What one model said: votes are cut from `pool`; `first` is each uid's first sample."""
+
+  pool: measure.Pool
+  greedy: measure.Pool | None
+  first: dict[str, types.Trajectory]
+  general: dict[str, Any] | None  # on general instruction data
+  tracked: dict[str, Any]  # patterns and principles in the texts of the pool
+
+
 def run(config: Any, workdir: Workdir, mesh: Any, generate: Any = None) -> None:
   """Judges the held-out items with every model of `config.evaluate.models` and writes the report."""
   checks.stage(config, mesh, 'evaluate')
@@ -42,6 +59,7 @@ def run(config: Any, workdir: Workdir, mesh: Any, generate: Any = None) -> None:
   reads = (
       *loading.data_reads(config),
       *loading.model_reads(config, *fields.models, fields.meta),
+      *((fields.instructions,) if fields.instructions else ()),
   )
   if workdir.is_done('evaluate', config, reads):
     return processes.say('evaluate: done before')
@@ -57,10 +75,19 @@ def run(config: Any, workdir: Workdir, mesh: Any, generate: Any = None) -> None:
   processes.only_writer(lambda: _clear(workdir.path), what='clearing the report')
   bind = loading.generator(config, lm, tok, mesh, generate)
   score = _meta_scorer(config, workdir, mesh, tok) if fields.meta else None
+  rows = general.load(config, tok) if fields.instructions else None
+  reproduce = general.scorer(config, lm, mesh) if fields.instructions else None
 
-  pools, greedy, judged = {}, {}, np.ones(len(examples), bool)
-  for name in fields.models:
+  watch = trackers.compiled(config.trackers)
+  found, judged = {}, np.ones(len(examples), bool)
+  for name, stage in zip(fields.models, loading.stage_names(config)):
     params = loading.params(config, name, lm, workdir, mesh)
+    told = None
+    if rows is not None:
+      told = general.measure(
+          config, reproduce, params, rows, folder / f'{name}-instructions.jsonl',
+          pad_id=tok.pad_id, desc=f'evaluate {name}, instructions',
+      )
     judge = grm.Judge(bind('evaluate', params), tok, settings)
     planned = grm.plan(judge, examples, samples=fields.samples, stage='evaluate')
     judged[list(planned.overlong)] = False
@@ -74,17 +101,21 @@ def run(config: Any, workdir: Workdir, mesh: Any, generate: Any = None) -> None:
       logits = _meta_scores(
           config, score, examples, drawn, settings, tok, folder / f'{name}-meta.jsonl', name
       )
-    pools[name] = measure.pool_of(examples, drawn, samples=fields.samples, logits=logits)
+    pool = measure.pool_of(examples, drawn, samples=fields.samples, logits=logits)
+    first = {t.uid: t for t in drawn if t.sample == 0}
+    tracked = trackers.measure(watch, grm.group(examples, drawn))
+    greedy = None
     if fields.greedy:
       judge = grm.Judge(bind('greedy', params), tok, greedy_settings)
       planned = grm.plan(judge, examples, samples=2, stage='greedy')
       drawn = drawing.draw(judge, planned, folder / f'{name}-greedy.jsonl', desc=f'evaluate {name}, greedy')
-      greedy[name] = measure.pool_of(examples, drawn, samples=2, logits=None)
+      greedy = measure.pool_of(examples, drawn, samples=2, logits=None)
+    found[stage] = Said(pool, greedy, first, told, tracked)
     del params, judge
 
   items = measure.items_of(examples, judged)
   processes.only_writer(
-      lambda: publish(config, workdir, items, pools, greedy, data), what='writing the report'
+      lambda: publish(config, workdir, items, found, data, rows), what='writing the report'
   )
   workdir.mark_done('evaluate', config, reads, WRITES)
 
@@ -138,23 +169,29 @@ def _meta_scores(config, score, examples, drawn, settings, tok, path, name):
 
 
 def publish(
-    config: Any, workdir: Workdir, items: measure.Items, pools: dict, greedy: dict, data: loading.Data
+    config: Any, workdir: Workdir, items: measure.Items, found: dict[str, Said], data: loading.Data,
+    instructions: general.Rows | None,
 ) -> None:
-  """Writes results.json, report.md, the figures and the per-example rows; process 0 only."""
+  """Writes results.json, report.md, the figures and the per-example rows, and prints the result; process 0 only."""
   fields = config.evaluate
   threshold = measure.THRESHOLDS[fields.single]
+  pools = {stage: said.pool for stage, said in found.items()}
   rows, per_example = [], []
   for stage, pool in pools.items():
-    if stage in greedy:
+    if found[stage].greedy is not None:
       rows += measure.rows_of(
-          stage, greedy[stage], items, benchmark=fields.benchmark, temperature=0.0, ks=(1,),
+          stage, found[stage].greedy, items, benchmark=fields.benchmark, temperature=0.0, ks=(1,),
           k_meta=0, soft_temperature=None, threshold=threshold,
       )
-    rows += measure.rows_of(
+    sampled = measure.rows_of(
         stage, pool, items, benchmark=fields.benchmark, temperature=fields.temperature,
         ks=tuple(fields.ks), k_meta=fields.k_meta,
         soft_temperature=fields.soft_temperature if fields.soft else None, threshold=threshold,
     )
+    for row in results.whole(sampled, fields.benchmark):
+      if row['k'] == 1 and row['guided'] is False:
+        row.update(found[stage].tracked)
+    rows += sampled
     per_example += measure.example_rows(stage, pool, items, k=max(fields.ks), threshold=threshold)
   records.write_jsonl(workdir.path / 'evaluate' / 'examples.jsonl', per_example)
   results.write(workdir.path / 'results.json', rows)
@@ -165,6 +202,21 @@ def publish(
     skipped['over the prompt limit'] = [
         e.uid for e, fits in zip(items.examples, items.judged) if not fits
     ]
+  shown = _exhibits(items, found, threshold, show=fields.show)
+  told = [{'stage': stage, **said.general} for stage, said in found.items() if said.general is not None]
+  notes = _notes(items, pools, data, threshold, ks=tuple(fields.ks))
+  said_of = {stage: trackers.sentence(said.tracked) for stage, said in found.items()}
+  notes += [f'{stage}: {words}' for stage, words in said_of.items() if words]
+  if instructions is not None:
+    if instructions.contaminated:
+      notes.append(
+          f'{results.count(len(instructions.contaminated), "evaluated instruction row")} can be in the training data '
+          f'(data.instructions, sft.data): {", ".join(instructions.contaminated[:5])}'
+      )
+    skipped |= {f'instruction rows, {reason}': list(names) for reason, names in instructions.left_out.items()}
+    processes.write_text(
+        workdir.path / 'evaluate' / 'instructions.json', json.dumps(told, indent=2, allow_nan=False) + '\n'
+    )
   report.write_report(
       workdir.path / 'report.md',
       rows,
@@ -175,10 +227,31 @@ def publish(
           baselines=simple,
           skipped=skipped,
           figures=pictures,
-          notes=_notes(items, pools, data, threshold),
+          notes=notes,
+          instructions=told,
+          exhibits=[exhibit.markdown(one) for one in shown],
       ),
   )
+  for one in shown:
+    processes.say('', exhibit.console(one))
+  processes.say(*console.table(rows), *console.instructions(told), '')
   processes.say(f'evaluate: report in {workdir.path / "report.md"}')
+
+
+def _exhibits(items: measure.Items, found: dict[str, Said], threshold: float, *, show: int) -> list[exhibit.Exhibit]:
+  """The first `show` items on which training is seen, with every stage's first sample."""
+  right = {
+      stage: measure.sample_correct(said.pool, items, threshold)[:, 0] for stage, said in found.items()
+  }
+  out = []
+  for i in exhibit.choose(items.examples, right, items.judged, show=show):
+    example = items.examples[i]
+    out.append(exhibit.Exhibit(
+        example,
+        {stage: said.first[example.uid] if example.uid in said.first else None for stage, said in found.items()},
+        {stage: bool(right[stage][i]) for stage in found},
+    ))
+  return out
 
 
 def _pictures(path: pathlib.Path, rows, simple, items: measure.Items, pools) -> dict[str, pathlib.Path]:
@@ -204,8 +277,8 @@ def _pictures(path: pathlib.Path, rows, simple, items: measure.Items, pools) -> 
   return {caption: folder / name for caption, (name, draw) in drawn.items() if draw(folder / name)}
 
 
-def _notes(items: measure.Items, pools, data, threshold: float) -> list[str]:
-  """Sentences on what an accuracy hides: position bias, repeated questions, and how good the meta-RM is."""
+def _notes(items: measure.Items, pools, data, threshold: float, *, ks: tuple[int, ...]) -> list[str]:
+  """Sentences on what an accuracy hides: position bias, headroom, how good the meta-RM is, repeated questions."""
   notes = []
   for stage, pool in pools.items():
     correct = measure.sample_correct(pool, items, threshold)
@@ -223,9 +296,21 @@ def _notes(items: measure.Items, pools, data, threshold: float) -> list[str]:
       if target.any() and not target.all():
         auc = float(metrics.roc_auc(pool.meta[seen], target))
         notes.append(f'{stage}: ROC-AUC of the meta-RM on these samples: {auc:.3f}')
+    best = ', '.join(
+        f'k = {k} {results.percent(measure.oracle_accuracy(pool, items, k=k, threshold=threshold))}' for k in ks
+    )
+    notes.append(
+        f'{stage}: headroom of guided votes, if an oracle let only samples vote that are right by themselves, where '
+        f'there are any: {best}'
+    )
   if data.contaminated:
     notes.append(
         f'{results.count(len(data.contaminated), "evaluated item")} share a conversation with the training items: '
         + ', '.join(data.contaminated[:5])
+    )
+  if data.validation_contaminated:
+    notes.append(
+        f'{results.count(len(data.validation_contaminated), "validation item")} share a conversation with the '
+        'training or the evaluated items: ' + ', '.join(data.validation_contaminated[:5])
     )
   return notes

@@ -1,4 +1,4 @@
-"""The figures of a report: accuracy against k, score histograms, training curves.
+"""The figures of a report: accuracy against k, score histograms, training curves; and sweeps over runs.
 
 Colours are Okabe and Ito's, told apart under every common colour blindness; stages differ in marker
 as well, so that a print in grey can be read.
@@ -23,6 +23,7 @@ _GUIDED = {
   'soft': 'votes guided softly',
 }
 _COLUMNS = 3
+_MOST_LINES = 4  # lines of panels per benchmark, so that the picture stays one page
 
 # Metrics that a reader looks for come first in their stage's block, housekeeping last, the rest as
 # logged.
@@ -31,6 +32,7 @@ _FIRST = (
   'reward',
   'correct',
   'accuracy',
+  'validation/accuracy',
   'kl',
   'entropy',
   'parse_failure',
@@ -38,7 +40,15 @@ _FIRST = (
   'no_signal',
   'output_length',
 )
-_LAST = ('grad_norm', 'param_norm', 'learning_rate', 'count', 'skipped')
+_LAST = (
+  'principle_sets_of',
+  'validation/principle_sets_of',
+  'grad_norm',
+  'param_norm',
+  'learning_rate',
+  'count',
+  'skipped',
+)
 
 
 def accuracy_vs_k(
@@ -47,8 +57,11 @@ def accuracy_vs_k(
   *,
   baselines: Sequence[Mapping[str, Any]],
 ) -> bool:
-  """Per benchmark a line of panels, one per kind of vote; one curve and 95 % band per stage.
+  """Per benchmark and number of responses a line of panels, one per kind of vote; one curve and 95 %
+  band per stage.
 
+  Where items of different n are mixed, each n has its own line, since chance and difficulty differ;
+  beyond `_MOST_LINES` of them, those with the most items do, below a line for all items together.
   Greedy accuracies are marks left of k = 1, and the random baseline is a dotted line. Returns
   False, and draws nothing, if no row was sampled.
   """
@@ -62,22 +75,30 @@ def accuracy_vs_k(
     for guided in _GUIDED
     if any(row['guided'] == guided and row['temperature'] > 0 for row in rows)
   ]
-  figure = _figure(width=1.6 + 4.2 * len(kinds), height=0.5 + 3.6 * len(benchmarks))
-  panels = figure.subplots(len(benchmarks), len(kinds), sharey='row', squeeze=False)
-  for benchmark, line in zip(benchmarks, panels):
-    own = results.whole(rows, benchmark)
+  lines = [(benchmark, n) for benchmark in benchmarks for n in _sizes(rows, benchmark)]
+  figure = _figure(width=1.6 + 4.2 * len(kinds), height=0.5 + 3.6 * len(lines))
+  panels = figure.subplots(len(lines), len(kinds), sharey='row', squeeze=False)
+  several = {benchmark: len(_sizes(rows, benchmark)) > 1 for benchmark in benchmarks}
+  for (benchmark, n), line in zip(lines, panels):
+    own = [
+      row
+      for row in rows
+      if (row['benchmark'], row['subset'], row['n']) == (benchmark, 'all', n)
+    ]
     chance = [
       entry['accuracy']
       for entry in baselines
-      if (entry['benchmark'], entry['subset'], entry['name']) == (benchmark, 'all', 'random')
+      if (entry['benchmark'], entry['subset'], entry['n'], entry['name'])
+      == (benchmark, 'all', n, 'random')
     ]
+    title = f'{benchmark}, {_responses(n)}' if several[benchmark] else benchmark
     for guided, axes in zip(kinds, line):
       _curves(axes, own, guided, stages)
       for share in chance:
         axes.axhline(
           100 * share, color='0.45', linewidth=1, dashes=(1, 2), label='random baseline', zorder=1
         )
-      axes.set_title(f'{benchmark}: {_GUIDED[guided]}', loc='left', fontsize=10)
+      axes.set_title(f'{title}: {_GUIDED[guided]}', loc='left', fontsize=10)
     line[0].set_ylabel('accuracy, % (band: 95 % interval)')
     low, high = line[0].get_ylim()
     line[0].set_ylim(max(low, -2), min(high, 102))
@@ -96,19 +117,38 @@ def accuracy_vs_k(
   return True
 
 
+def _sizes(rows: Sequence[Mapping[str, Any]], benchmark: str) -> list[int | None]:
+  """The numbers of responses that have a line of panels of their own; None stands for all items."""
+  items = {
+    row['n']: row['items']
+    for row in rows
+    if row['benchmark'] == benchmark and row['subset'] == 'all' and row['temperature'] > 0
+  }
+  sizes = sorted((n for n in items if n is not None), key=lambda n: (-items[n], n))
+  if not sizes:
+    return [None]
+  if len(sizes) <= _MOST_LINES:
+    return sorted(sizes)
+  return [*([None] if None in items else []), *sorted(sizes[: _MOST_LINES - 1])]
+
+
+def _responses(n: int | None) -> str:
+  return 'all items' if n is None else results.count(n, 'response')
+
+
 def _curves(
   axes: Any, rows: Sequence[Mapping[str, Any]], guided: Any, stages: Sequence[str]
 ) -> None:
   sampled = [row for row in rows if row['temperature'] > 0]
-  several = len({(row['temperature'], row['n']) for row in sampled}) > 1
+  several = len({row['temperature'] for row in sampled}) > 1
   curves: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
   for row in sampled:
     if row['guided'] == guided:
-      curves.setdefault((row['stage'], row['temperature'], row['n']), []).append(row)
-  settings = list(dict.fromkeys((temperature, n) for _, temperature, n in curves))
-  for (stage, temperature, n), points in curves.items():
+      curves.setdefault((row['stage'], row['temperature']), []).append(row)
+  temperatures = list(dict.fromkeys(temperature for _, temperature in curves))
+  for (stage, temperature), points in curves.items():
     points = sorted(points, key=lambda row: row['k'])
-    label = stage + (f', T {temperature:g}, n {"mixed" if n is None else n}' if several else '')
+    label = stage + (f', T {temperature:g}' if several else '')
     k = [row['k'] for row in points]
     axes.plot(
       k,
@@ -116,7 +156,7 @@ def _curves(
       label=label,
       zorder=3,
       markersize=5,
-      linestyle=_DASHES[settings.index((temperature, n)) % len(_DASHES)],
+      linestyle=_DASHES[temperatures.index(temperature) % len(_DASHES)],
       **_look(stage, stages),
     )
     bounds = [results.interval(row) or (math.nan, math.nan) for row in points]
@@ -236,6 +276,79 @@ def training_curves(path: str | os.PathLike[str], rows: Sequence[Mapping[str, An
       _grid(axes)
   figure.savefig(path, dpi=120)
   return True
+
+
+def sweep(
+  path: str | os.PathLike[str],
+  runs: Mapping[str, Sequence[Mapping[str, Any]]],
+  *,
+  stage: str,
+  names: Sequence[str],
+  window: int,
+) -> bool:
+  """One stage of several runs in one picture: a panel per metric, a curve per run, against the step.
+
+  `runs`: label -> rows of that run's metrics.jsonl. `names`: the metrics, in the order of the panels; one that
+  no run logged has no panel. `window`: a point averages what was logged in so many steps up to its
+  own, so that what is logged seldom stays as it is; 1 = as logged. None breaks a curve. False, and no
+  file, if there is nothing to draw.
+  """
+  if window < 1:
+    raise ValueError(f'window: got {window}; allowed: 1 (as logged) or more steps to average over')
+  own = {label: [row for row in rows if row['stage'] == stage] for label, rows in runs.items()}
+  found = [
+    name
+    for name in names
+    if any(row.get(name) is not None for rows in own.values() for row in rows)
+  ]
+  if not found:
+    return False
+  columns = 2 if len(found) == 4 else min(_COLUMNS, len(found))
+  lines = math.ceil(len(found) / columns)
+  figure = _figure(width=1.6 + 4.2 * columns, height=0.4 + 3.1 * lines)
+  panels = figure.subplots(lines, columns, squeeze=False).flatten()
+  labels = list(runs)
+  for name, axes in zip(found, panels):
+    for label, rows in own.items():
+      points = [(row['step'], row[name]) for row in rows if name in row]
+      if not points:
+        continue
+      few = len(points) <= 30
+      look = _look(label, labels)
+      axes.plot(
+        [step for step, _ in points],
+        _running_mean(points, window),
+        label=label,
+        linewidth=1.4,
+        color=look['color'],
+        linestyle=_DASHES[labels.index(label) % len(_DASHES)],
+        marker=look['marker'] if few else None,
+        markersize=4,
+      )
+    axes.set_title(name.replace('_', ' '), loc='left', fontsize=10)
+    axes.set_xlabel('step', fontsize=9)
+    axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(nbins=6, integer=True))
+    axes.yaxis.set_major_formatter(lambda value, _: f'{value:.6g}')
+    _grid(axes)
+  for axes in panels[len(found) :]:
+    axes.set_visible(False)
+  named = {
+    label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels())
+  }
+  figure.legend(
+    named.values(), named.keys(), title=stage, fontsize=9, frameon=False, loc='outside right upper'
+  )
+  figure.savefig(path, dpi=130)
+  return True
+
+
+def _running_mean(points: Sequence[tuple[int, float | None]], window: int) -> list[float]:
+  """Of each (step, value) the mean over the last `window` steps; a None is NaN and is not averaged in."""
+  out = []
+  for i, (step, value) in enumerate(points):
+    near = [x for at, x in points[: i + 1] if step - window < at and x is not None]
+    out.append(math.nan if value is None else sum(near) / len(near))
+  return out
 
 
 def _scalar_names(rows: Sequence[Mapping[str, Any]]) -> list[str]:

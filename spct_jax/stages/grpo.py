@@ -6,6 +6,10 @@ One step:
     3. log-probabilities of the frozen reference, and pi_old (the sampler's own, or the learner's)
     4. `updates` optimizer steps on the sampled token ids
 
+Before every `validate_every`-th step and after the last, the policy judges the validation items, always under the
+same orders and uniforms, so that two points of the curve differ by the policy alone. One order per item, as in
+training, so that an item is one prompt; what a slot favours averages out over the items.
+
 Departures, each a field: pi_old is the sampler's by default (`old_logp`); a group without signal gives zero
 advantages and is counted (`no_signal`).
 """
@@ -19,7 +23,8 @@ from spct_jax import sharding, types
 from spct_jax.algos import grpo, metrics, outcome, rft
 from spct_jax.data import stream
 from spct_jax.judges import grm
-from spct_jax.stages import checks, drawing, fit, loading, processes, sample
+from spct_jax.stages import checks, drawing, fit, loading, processes, results, sample, trackers
+from spct_jax.stages.measure import THRESHOLDS
 from spct_jax.stages.progress import Progress
 from spct_jax.stages.workdir import Workdir
 from spct_jax.train import batches, objectives, update
@@ -27,6 +32,8 @@ from spct_jax.train import batches, objectives, update
 READS = ()
 EASY = ('sample/trajectories.jsonl',)  # read too where `drop_too_easy` is on
 WRITES = ('grpo/checkpoint', 'grpo/DONE.json')
+
+VALIDATE = 'grpo-validate'  # names the randomness of validation: no rollout of training shares it
 
 
 def run(config: Any, workdir: Workdir, mesh: Any, generate: Any = None) -> None:
@@ -46,7 +53,12 @@ def run(config: Any, workdir: Workdir, mesh: Any, generate: Any = None) -> None:
   decoder = loading.model(config, tok)
   settings = loading.judge_settings(config, fields, orders='group', single='binary')
   bind = loading.generator(config, decoder, tok, mesh, generate)
-  examples = _usable(config, loading.data(config).train, settings, tok)
+  data = loading.data(config)
+  examples = _usable(config, data.train, settings, tok, desc='grpo')
+  watched = ()
+  if fields.validate_every:
+    watched = _usable(config, data.validation, settings, tok, desc='grpo, validation')
+  tracked = trackers.compiled(config.trackers)
   if fields.drop_too_easy:
     examples = hard(examples, drawing.load(workdir.path / EASY[0]))
   workdir.start('grpo', config, reads)
@@ -59,6 +71,12 @@ def run(config: Any, workdir: Workdir, mesh: Any, generate: Any = None) -> None:
       temperature=fields.temperature,
       chunk=config.model.logits_chunk,
   )
+
+  def validate(learner_params):
+    judge = grm.Judge(bind(VALIDATE, learner_params), tok, settings)
+    judged = grm.judge(judge, watched, samples=fields.validate_samples, stage=VALIDATE)
+    return validation(judged, watched, tracked)
+
   with fit.open_session(config, workdir, mesh, stage='grpo', decoder=decoder) as session:
     state, start = session.start(lambda: reference)
     step_fn = update.make_step(
@@ -70,8 +88,14 @@ def run(config: Any, workdir: Workdir, mesh: Any, generate: Any = None) -> None:
     )
     if fields.steps == 0:
       session.save(0, state)
+    latest = None
     with Progress(total=fields.steps, desc='grpo', start=start) as progress:
       for step in range(start, fields.steps):
+        began = time.perf_counter()
+        checked = {}
+        if fields.validate_every and step % fields.validate_every == 0:
+          checked = validate(state['params'])
+          latest = checked['validation/accuracy']
         clock = {'start': time.perf_counter()}
         chosen, visits = _items(config, examples, step)
         judge = grm.Judge(bind('grpo', state['params']), tok, settings)
@@ -79,9 +103,10 @@ def run(config: Any, workdir: Workdir, mesh: Any, generate: Any = None) -> None:
         del judge  # and with it the sampler's view of the parameters
         clock['sampled'] = time.perf_counter()
         batch, measured = rows(judged, chosen, config=config, pad_id=tok.pad_id)
+        measured |= trackers.measure(tracked, judged.grouped)
         if batch is None:
           processes.say(f'grpo: step {step}: every item of the batch is over-long; nothing to learn')
-          session.writer.write(step, measured, {})
+          session.writer.write(step, {**measured, **checked}, {})
           progress.update(1)
         else:
           device = update.put_batch(batch, mesh)
@@ -97,26 +122,46 @@ def run(config: Any, workdir: Workdir, mesh: Any, generate: Any = None) -> None:
           now = time.perf_counter()
           session.writer.write(
               step,
-              {**learned, **measured},
+              {**learned, **measured, **checked},
               {
+                  **({'validation_seconds': clock['start'] - began} if checked else {}),
                   'sample_seconds': clock['sampled'] - clock['start'],
                   'learn_seconds': now - clock['sampled'],
                   **getattr(bind, 'cost', {}),
               },
           )
-          progress.update(1, metrics={
-              'reward': measured['reward'], 'kl': learned['kl'], 'parse_failure': measured['parse_failure'],
-          })
+          progress.update(1, metrics=_shown(measured | learned, validation=latest))
         if (step + 1) % fields.checkpoint_every == 0 or step + 1 == fields.steps:
           session.save(step + 1, state)
+    if fields.validate_every:
+      began = time.perf_counter()
+      checked = validate(state['params'])
+      # A row of its own, beyond the last checkpoint: a run that is killed before it is done writes it anew.
+      session.writer.write(fields.steps, checked, {'validation_seconds': time.perf_counter() - began})
+      processes.say(
+          f'grpo: accuracy {results.percent(checked["validation/accuracy"])}, standard error '
+          f'{results.percent(checked["validation/stderr"])}, on {results.count(len(watched), "validation item")} '
+          f'after step {fields.steps}'
+      )
   workdir.mark_done('grpo', config, reads, WRITES)
 
 
-def _usable(config, examples, settings, tok):
+def _shown(row: dict[str, Any], *, validation: float | None) -> dict[str, Any]:
+  """What the progress line says of a step, in few words; what does not exist is left out."""
+  found = {name: row[name] for name in ('reward', 'kl', 'parse_failure', 'ties')}
+  found['validation'] = validation
+  for name, value in row.items():
+    if name.startswith('pattern_'):
+      found[name.removeprefix('pattern_')] = value
+  found |= {'sets': row.get('principle_sets'), 'repeated': row.get('principles_repeated')}
+  return {name: value for name, value in found.items() if value is not None}
+
+
+def _usable(config, examples, settings, tok, *, desc):
   """The items whose prompt fits; the others are counted and named before anything is drawn."""
   overlong = drawing.overlong(examples, settings, tok)
   drawing.name_overlong(
-      examples, overlong, limit=settings.buckets[-1], desc='grpo', strict=config.strict
+      examples, overlong, limit=settings.buckets[-1], desc=desc, strict=config.strict
   )
   left_out = set(overlong)
   return tuple(e for i, e in enumerate(examples) if i not in left_out)
@@ -211,3 +256,26 @@ def measure(judged, correct, reward, label, present) -> dict[str, Any]:
       'output_length': float(np.mean(lengths)) if lengths else 0.0,
       'overlong': int((~present).sum()),
   }
+
+
+def validation(
+    judged: grm.Judged, examples: tuple[types.Example, ...], tracked: trackers.Trackers
+) -> dict[str, Any]:
+  """What the validation items say, under 'validation/': the accuracy of one sample, ties credited 1/m, and more.
+
+  `correct` is strict (Eq 10), so a tie is wrong there; the rest is what a row of training says too.
+  """
+  label = np.asarray([e.label for e in examples], np.int32)
+  scores, valid, mask = (
+      judged.judgments.scores, judged.judgments.valid, judged.judgments.response_mask,
+  )
+  correct = np.asarray(outcome.correct(scores, valid, label, mask))
+  present = np.asarray([bool(group) for group in judged.grouped])
+  seen = measure(judged, correct, np.asarray(grpo.reward(correct)), label, present)
+  voted = metrics.accuracy_at_k(
+      scores, valid, label, mask, 1, row_mask=present, threshold=THRESHOLDS['binary']
+  )
+  found = {name: voted[name] for name in ('accuracy', 'stderr')}
+  found |= {name: seen[name] for name in ('correct', 'ties', 'parse_failure', 'output_length')}
+  found |= trackers.measure(tracked, judged.grouped)
+  return {f'validation/{name}': value for name, value in found.items()}

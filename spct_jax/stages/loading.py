@@ -30,13 +30,17 @@ TRAINED = ('sft', 'rft', 'grpo')  # stages whose checkpoint is a language model
 class Data:
   """Items of a run: `train` for training and sampling, `heldout` for the evaluation, what was left out and why.
 
-  `contaminated` are held-out items whose conversation is in `train` too.
+  `validation` items only watch training: they are in none of the others. `contaminated` are held-out items whose
+  conversation is in `train` too, `validation_contaminated` validation items whose conversation is in `train` or
+  `heldout`; only files of their own can bring such items.
   """
 
   train: tuple[types.Example, ...]
   heldout: tuple[types.Example, ...]
+  validation: tuple[types.Example, ...]
   skipped: dict[str, list[str]]
   contaminated: tuple[str, ...]
+  validation_contaminated: tuple[str, ...]
 
 
 def tokenizer(config: Any) -> tokenizers.Tokenizer:
@@ -50,9 +54,9 @@ def data(config: Any) -> Data:
     raise ValueError(
         'data.path is empty; give the preference file: --config.data.path=FILE, or path=FILE after the colon'
     )
-  for name in ('limit', 'eval_limit'):
+  for name, zero in (('limit', 'all'), ('eval_limit', 'all'), ('validation_limit', 'none')):
     if fields[name] < 0:
-      raise ValueError(f'data.{name}: got {fields[name]}; allowed: a number of items, or 0 = all')
+      raise ValueError(f'data.{name}: got {fields[name]}; allowed: a number of items, or 0 = {zero}')
   loaded = benchmarks.load(
       fields.path, reader=fields.reader, strict=config.strict, limit=fields.limit or None
   )
@@ -71,6 +75,19 @@ def data(config: Any) -> Data:
     parts = heldout.split(loaded.examples, fraction=fields.heldout, seed=config.seed, by='prompt')
     train, held = parts.train, parts.held_out[: fields.eval_limit or None]
   train, held = _labelled(train, skipped), _labelled(held, skipped)
+  validation = ()
+  if fields.validation_limit and fields.validation_path:
+    watched = benchmarks.load(
+        fields.validation_path, reader='auto', strict=config.strict, limit=fields.validation_limit
+    )
+    for reason, names in watched.skipped.items():
+      skipped[reason] = [*skipped.get(reason, []), *names]
+    validation = _labelled(watched.examples, skipped)
+    if not validation:
+      raise ValueError(
+          f'{fields.validation_path}: none of its first {len(watched.examples)} items has a label, so none can be '
+          'validated on; give labelled items, or set data.validation_limit=0'
+      )
   if config.strict and skipped.get('no label'):
     raise ValueError(f'{fields.path}: strict, and {len(skipped["no label"])} items have no label: '
                      + ', '.join(skipped['no label'][:10]))
@@ -78,8 +95,25 @@ def data(config: Any) -> Data:
     raise ValueError(
         f'{fields.path}: {len(train)} items with a label to train on and {len(held)} to evaluate; both are needed'
     )
-  shared = heldout.contamination(train, held)
-  return Data(train, held, skipped, tuple(uid for both in shared for uid in both.held_out))
+  if fields.validation_limit and not fields.validation_path:
+    try:
+      parts = heldout.take(train, fields.validation_limit, config.seed)
+    except ValueError as error:
+      raise ValueError(
+          f'data.validation_limit: got {fields.validation_limit}; {error}. Validation items are taken from the '
+          'training items; lower data.validation_limit, give a file of their own (data.validation_path), or do '
+          'without (data.validation_limit=0 and grpo.validate_every=0)'
+      ) from None
+    train, validation = parts.train, parts.held_out
+  uids = lambda shared: tuple(uid for both in shared for uid in both.held_out)
+  return Data(
+      train=train,
+      heldout=held,
+      validation=validation,
+      skipped=skipped,
+      contaminated=uids(heldout.contamination(train, held)),
+      validation_contaminated=uids(heldout.contamination((*train, *held), validation)),
+  )
 
 
 def _labelled(examples, skipped):
@@ -91,8 +125,15 @@ def _labelled(examples, skipped):
 
 def data_reads(config: Any) -> tuple[str, ...]:
   """What the result of a stage that judges depends on: preference data, and `setup_reads`."""
-  data_files = (path for path in (config.data.path, config.data.eval_path) if path)
+  fields = config.data
+  watched = fields.validation_path if fields.validation_limit else ''
+  data_files = (path for path in (fields.path, fields.eval_path, watched) if path)
   return (*data_files, *setup_reads(config))
+
+
+def sft_data(config: Any) -> str:
+  """What the warm start learns from; sft.data = '' stands for data.instructions."""
+  return config.sft.data if config.sft.data else config.data.instructions
 
 
 def setup_reads(config: Any) -> tuple[str, ...]:
@@ -165,6 +206,11 @@ def model(config: Any, tok: tokenizers.Tokenizer, *, head_kind: str = 'lm') -> T
 
 def with_head(decoder: Transformer, head_kind: str) -> Transformer:
   return Transformer(dataclasses.replace(decoder.config, head_kind=head_kind))
+
+
+def stage_names(config: Any) -> tuple[str, ...]:
+  """What results, report and figures call the evaluated models: `evaluate.names`, or their own names."""
+  return tuple(config.evaluate.names) or tuple(config.evaluate.models)
 
 
 def rules(config: Any) -> sharding.Rules:

@@ -114,8 +114,35 @@ def rows_of(
         }
         if guided == 'hard':
           row['k_meta'] = guide['k_meta']
-        out.append(row | _measured(pool, items, part, k=k, guide=guide, threshold=threshold))
+        measured, credit = _measured(pool, items, part, k=k, guide=guide, threshold=threshold)
+        if guided is False:
+          plain = credit
+        else:
+          measured |= _gain(credit, plain, items, part)
+        out.append(row | measured)
   return out
+
+
+def _gain(credit: np.ndarray, plain: np.ndarray, items: Items, part: np.ndarray) -> dict[str, float]:
+  """What guidance changes: the same samples in the same blocks, with and without it."""
+  counted = part & np.asarray(metrics.labelled(items.label, items.response_mask))
+  found = metrics.paired(credit, plain, counted)
+  return {'gain': found['gain']} | {f'gain_{name}': found[name] for name in ('stderr', 'low', 'high')}
+
+
+def oracle_accuracy(pool: Pool, items: Items, *, k: int, threshold: float) -> float:
+  """Accuracy of votes of k in which only samples that are right by themselves vote, where there are any.
+
+  A block with such a sample earns 1, which is what a perfect guide could make of it; a block without one keeps its
+  plain vote, in which wrong samples may still tie or even add up to the right winner.
+  """
+  blocks = pool.valid.shape[1] // k
+  right = sample_correct(pool, items, threshold)[:, : blocks * k].reshape(-1, blocks, k)
+  valid = pool.valid[:, : blocks * k].reshape(-1, blocks, k)
+  voters = np.where(right.any(axis=2, keepdims=True), right, valid).reshape(-1, blocks * k)
+  return metrics.accuracy_at_k(
+      pool.scores[:, : blocks * k], voters, items.label, items.response_mask, k, threshold=threshold
+  )['accuracy']
 
 
 def _parts(items: Items):
@@ -133,14 +160,15 @@ def _parts(items: Items):
       yield str(subset), same(subsets == subset), subsets == subset
 
 
-def _measured(pool: Pool, items: Items, part, *, k, guide, threshold) -> dict[str, Any]:
+def _measured(pool: Pool, items: Items, part, *, k, guide, threshold) -> tuple[dict[str, Any], np.ndarray]:
+  """(fields of a row, credit float64[B] of each item)."""
   arrays = (pool.scores, pool.valid, items.label, items.response_mask, k)
   whole = metrics.accuracy_at_k(*arrays, row_mask=part, threshold=threshold, **guide)
   fitted = part & items.judged
   judged = metrics.accuracy_at_k(*arrays, row_mask=fitted, threshold=threshold, **guide)
   flips = _order_flip(pool, items, fitted)
   single = fitted & (items.sizes == 1)
-  return {
+  fields = {
       **{name: whole[name] for name in ('accuracy', 'stderr', 'low', 'high', 'items')},
       'accuracy_judged': judged['accuracy'] if judged['items'] else None,
       'parse_failure': judged['parse_failure'] if judged['items'] else None,
@@ -149,6 +177,7 @@ def _measured(pool: Pool, items: Items, part, *, k, guide, threshold) -> dict[st
       'overlong': int((part & ~items.judged).sum()),
       'auc': auc_at_k(pool, items, single, k=k, guide=guide, threshold=threshold),
   }
+  return fields, whole['credit']
 
 
 def _order_flip(pool: Pool, items: Items, part: np.ndarray) -> float | None:
@@ -197,12 +226,10 @@ def baselines(items: Items, benchmark: str) -> list[dict[str, Any]]:
   credit = metrics.trivial_baselines(lengths, items.label, items.response_mask)
   out = []
   for subset, n, part in _parts(items):
-    if subset == 'all' and not part.all():
-      continue
     for name, values in credit.items():
       counted = part & np.asarray(metrics.labelled(items.label, items.response_mask))
       out.append({
-          'benchmark': benchmark, 'subset': subset, 'name': name,
+          'benchmark': benchmark, 'subset': subset, 'n': n, 'name': name,
           **metrics.summary(np.asarray(values), counted),
       })
   return out

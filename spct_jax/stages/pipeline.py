@@ -62,10 +62,16 @@ def check(names: tuple[str, ...], config: Any, workdir: Workdir, mesh: Any) -> N
   found = loading.data(config)
   processes.say(
       f'data: {len(found.train)} items to train on, {len(found.heldout)} to evaluate'
+      + (f', {len(found.validation)} to validate on' if found.validation else '')
       + ''.join(f', {len(places)} skipped ({reason})' for reason, places in found.skipped.items())
   )
   if found.contaminated:
     processes.say(f'data: {len(found.contaminated)} evaluated items share a conversation with the training items')
+  if found.validation_contaminated:
+    processes.say(
+        f'data: {len(found.validation_contaminated)} validation items share a conversation with the training or '
+        f'the evaluated items: {", ".join(found.validation_contaminated[:5])}'
+    )
   _check_lengths(config, found, names)
 
 
@@ -73,16 +79,18 @@ def _check_lengths(config, found, names):
   """Names the over-long items now: an error of a later stage would come after the training of the earlier ones."""
   tok = loading.tokenizer(config)
   samplers = [name for name in names if name in budget.SAMPLERS and name != 'evaluate'][:1]
-  for name in (*samplers, *(name for name in names if name == 'evaluate')):
-    examples, single = found.train, 'binary'
-    if name == 'evaluate':
-      examples, single = found.heldout, config.evaluate.single
+  judged = [(name, name, found.train, 'binary') for name in samplers]
+  if 'grpo' in names and config.grpo.validate_every:
+    judged.append(('grpo', 'grpo, validation', found.validation, 'binary'))
+  if 'evaluate' in names:
+    judged.append(('evaluate', 'evaluate', found.heldout, config.evaluate.single))
+  for name, desc, examples, single in judged:
     settings = loading.judge_settings(config, config[name], orders='fixed', single=single)
     drawing.name_overlong(
         examples,
         drawing.overlong(examples, settings, tok),
         limit=settings.buckets[-1],
-        desc=name,
+        desc=desc,
         strict=config.strict,
     )
 

@@ -31,6 +31,7 @@ _MORE_COLUMNS = (
   ('accuracy_judged', 'of judged, %'),
   ('overlong', 'over-long'),
   ('auc', 'ROC-AUC, %'),
+  ('gain', 'gain on plain, points'),
 )
 
 
@@ -41,7 +42,8 @@ class Extras:
   config: flat {'grpo.kl_coef': 0.08}. baselines: rows {benchmark, subset, name, accuracy, stderr,
   items} with low and high where known. skipped: {reason: names of the items left out}. figures:
   {caption: path}; paths are shown relative to the report. notes: sentences for a person, such as
-  the meta-RM's ROC-AUC.
+  the meta-RM's ROC-AUC. instructions: rows {stage, exact, low, high, nll, tokens, items} on held-out
+  general instruction data. exhibits: items with every stage's judgement, as Markdown.
   """
 
   title: str
@@ -51,6 +53,8 @@ class Extras:
   skipped: Mapping[str, Sequence[str]]
   figures: Mapping[str, str | os.PathLike[str]]
   notes: Sequence[str]
+  instructions: Sequence[Mapping[str, Any]]
+  exhibits: Sequence[str]
 
 
 def write_report(
@@ -65,6 +69,8 @@ def write_report(
     *_headline(rows, extras),
     *_by_k(rows),
     *_subsets(rows, extras),
+    *_instructions(extras),
+    *_exhibits(extras),
   ]
   sections += _figures(path, extras) + _notes(extras) + _skipped(extras) + _config(extras)
   if any(extras.skipped.values()):
@@ -107,16 +113,18 @@ def _headline(rows: Sequence[Row], extras: Extras) -> list[str]:
     if not whole:
       continue
     sections += [f'### {_cell(benchmark)}', _lead(whole)]
-    baselines = [
-      line
-      for line in extras.baselines
-      if line['benchmark'] == benchmark and line['subset'] == 'all'
-    ]
+    baselines = results.whole(extras.baselines, benchmark)
     sections.append(_table(_headline_rows(whole), baselines=baselines, first='stage'))
   sections.append(
     'Interval: 95 %, clustered by item. A judgement that does not parse counts as wrong; a '
     'tie is credited as a random pick among the tied. Order flips: how often two samples that saw '
     'the responses in different orders disagree on the best.'
+    + (
+      ' Gain: accuracy minus that of the plain vote of as many of the same samples, with its 95 % '
+      'interval, paired by item.'
+      if any(row.get('gain') is not None for row in rows)
+      else ''
+    )
   )
   return sections
 
@@ -190,10 +198,11 @@ def _subsets(rows: Sequence[Row], extras: Extras) -> list[str]:
       for row in _headline_rows([part for part in parts if (part['subset'], part['n']) == name])
     ]
     if chosen:
+      all_items = results.whole(extras.baselines, benchmark)
       baselines = [
         line
         for line in extras.baselines
-        if line['benchmark'] == benchmark and line['subset'] != 'all'
+        if line['benchmark'] == benchmark and line not in all_items
       ]
       sections += [f'### {_cell(benchmark)}', _table(chosen, baselines=baselines, first='subset')]
   return ['## By part', *sections] if sections else []
@@ -206,7 +215,7 @@ def _table(rows: Sequence[Row], *, baselines: Sequence[Mapping[str, Any]], first
     for field, heading in _MORE_COLUMNS
     if any(row.get(field) is not None for row in rows)
   ]
-  several_n = len(_unique(row['n'] for row in rows)) > 1
+  several_n = len(_unique(line['n'] for line in (*rows, *baselines))) > 1
   temperatures = [row['temperature'] for row in rows]
   heads = (
     (['subset'] if first == 'subset' else [])
@@ -220,7 +229,7 @@ def _table(rows: Sequence[Row], *, baselines: Sequence[Mapping[str, Any]], first
   for row in rows:
     cells = [_cell(row['subset'])] if first == 'subset' else []
     cells += [_cell(row['stage']), setting(row, temperatures)]
-    cells += ['mixed' if row['n'] is None else str(row['n'])] if several_n else []
+    cells += [_responses(row)] if several_n else []
     cells += _accuracy(row)
     cells += [
       decimals(row['parse_failure']),
@@ -234,7 +243,7 @@ def _table(rows: Sequence[Row], *, baselines: Sequence[Mapping[str, Any]], first
       'baseline',
       _cell(line['name']),
     ]
-    cells += ['–'] if several_n else []
+    cells += [_responses(line)] if several_n else []
     lines.append(
       [*cells, *_accuracy(line), '–', '–', '–', *('–' for _ in more), str(line['items'])]
     )
@@ -251,10 +260,43 @@ def _accuracy(row: Mapping[str, Any]) -> list[str]:
   ]
 
 
+def _responses(row: Mapping[str, Any]) -> str:
+  return 'mixed' if row['n'] is None else str(row['n'])
+
+
 def _more(row: Row, field: str) -> str:
-  """A share as a percentage; `overlong` is a number of items."""
+  """A share as a percentage; `overlong` is a number of items, `gain` has a sign and its interval."""
   value = row.get(field)
+  if field == 'gain' and value is not None:
+    low, high = results.points(row['gain_low']), results.points(row['gain_high'])
+    return f'{results.points(value)} [{low}, {high}]'
   return str(value) if isinstance(value, int) and not isinstance(value, bool) else decimals(value)
+
+
+def _instructions(extras: Extras) -> list[str]:
+  if not extras.instructions:
+    return []
+  lines = [
+    '| stage | reproduced, % | 95 % interval | negative log-likelihood per token | tokens | rows |',
+    '| --- | ---: | ---: | ---: | ---: | ---: |',
+  ]
+  for row in extras.instructions:
+    bounds = f'{decimals(row["low"])} to {decimals(row["high"])}'
+    nll = '–' if row['nll'] is None else f'{row["nll"]:.4f}'
+    cells = [_cell(row['stage']), decimals(row['exact']), bounds, nll, row['tokens'], row['items']]
+    lines.append('| ' + ' | '.join(str(cell) for cell in cells) + ' |')
+  return [
+    '## General instruction data',
+    'Held-out rows that have nothing to do with judging: the share of answers that greedy decoding '
+    'reproduces to the last token, end of sequence included.',
+    '\n'.join(lines),
+  ]
+
+
+def _exhibits(extras: Extras) -> list[str]:
+  if not extras.exhibits:
+    return []
+  return ['## One judgement by every stage', *extras.exhibits]
 
 
 def _figures(path: pathlib.Path, extras: Extras) -> list[str]:

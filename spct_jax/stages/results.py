@@ -9,7 +9,9 @@ A row is flat: one accuracy of one stage on one benchmark, with what belongs bes
     parse_failure, ties          shares in 0..1
 
 and may hold more, such as low and high (the 95 % interval), accuracy_judged, order_flip, overlong,
-auc. A number that does not exist (no item, not finite) is None, null in the file.
+auc. A guided row has gain, gain_stderr, gain_low and gain_high: its accuracy minus that of the plain
+vote of as many samples, on the same blocks of the same samples, paired by item. A number that does
+not exist (no item, not finite) is None, null in the file.
 """
 
 import decimal
@@ -38,6 +40,10 @@ def _is_share(value: Any) -> bool:
   return value is None or (_is_number(value) and 0 <= value <= 1)
 
 
+def _is_gain(value: Any) -> bool:
+  return value is None or (_is_number(value) and -1 <= value <= 1)
+
+
 def _is_count(value: Any) -> bool:
   return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
@@ -62,6 +68,7 @@ _REQUIRED: dict[str, tuple[str, Callable[[Any], bool]]] = {
   'parse_failure': ('a share in 0..1, or None', _is_share),
   'ties': ('a share in 0..1, or None', _is_share),
 }
+_OPTIONAL_GAINS = ('gain', 'gain_low', 'gain_high')
 _OPTIONAL_SHARES = ('low', 'high', 'accuracy_judged', 'order_flip', 'resample_flip', 'auc')
 
 
@@ -76,6 +83,9 @@ def validated(rows: Sequence[Mapping[str, Any]]) -> list[Row]:
       raise ValueError(f'{name} lacks {", ".join(missing)}; every row has {", ".join(_REQUIRED)}')
     allowed = _REQUIRED | {
       key: ('a share in 0..1, or None', _is_share) for key in _OPTIONAL_SHARES if key in row
+    }
+    allowed |= {
+      key: ('a difference in -1..1, or None', _is_gain) for key in _OPTIONAL_GAINS if key in row
     }
     for key, (what, check) in allowed.items():
       if not check(row[key]):
@@ -109,8 +119,8 @@ def read(path: str | os.PathLike[str]) -> list[Row]:
   return validated(rows)
 
 
-def whole(rows: Sequence[Row], benchmark: str) -> list[Row]:
-  """The rows over all items of a benchmark: subset 'all', and no single n where n is mixed."""
+def whole(rows: Sequence[Mapping[str, Any]], benchmark: str) -> list[Mapping[str, Any]]:
+  """The rows (or baselines) over all items of a benchmark: subset 'all', no single n where n is mixed."""
   everything = [row for row in rows if row['benchmark'] == benchmark and row['subset'] == 'all']
   mixed = [row for row in everything if row['n'] is None]
   return mixed or everything
@@ -147,6 +157,12 @@ def decimals(share: Any, places: int = 1) -> str:
   exact = decimal.Decimal(format(decimal.Decimal(str(share)), '.12g')) * 100
   rounded = exact.quantize(decimal.Decimal(1).scaleb(-places), rounding=decimal.ROUND_HALF_UP)
   return str(abs(rounded) if rounded == 0 else rounded)
+
+
+def points(gain: Any, places: int = 1) -> str:
+  """A difference of shares in points, with its sign: 0.0123 -> '+1.2', -0.5 -> '-50.0', 0 -> '0.0'."""
+  words = decimals(gain, places)
+  return words if words.startswith(('-', '–')) or not words.strip('0.') else f'+{words}'
 
 
 def count(number: int, noun: str) -> str:

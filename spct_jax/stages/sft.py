@@ -6,6 +6,7 @@ Rows are conversations; the loss is on the last answer only (paper section 3: co
 import functools
 from typing import Any
 
+from spct_jax import types
 from spct_jax.data import instructions, stream
 from spct_jax.stages import checks, fit, loading, processes
 from spct_jax.stages.workdir import Workdir
@@ -32,8 +33,8 @@ def rows(
     except ValueError as error:  # the tokenizer's chat template knows no such conversation
       refused.append(f'{item.uid} ({error})')
       continue
-    completion = (*tok.encode_data(item.responses[0]), tok.eos_ids[0])
-    found.append(batches.Row(item.uid, tuple(prompt), completion))
+    completion, learnt = _answer(item, tok)
+    found.append(batches.Row(item.uid, tuple(prompt), completion, learnt=learnt))
   if refused and strict:
     raise ValueError(f'{path}: strict, and the chat template refuses {len(refused)} rows: {"; ".join(refused[:3])}')
   if refused:
@@ -52,24 +53,38 @@ def rows(
   return tuple(found[i] for i in fitting.keep)
 
 
+def _answer(item: types.Example, tok: Tokenizer) -> tuple[tuple[int, ...], tuple[bool, ...] | None]:
+  """(ids of the answer and its end, which of them are learnt or None for all); parts are encoded one by one."""
+  if not isinstance(item, instructions.Instruction):
+    return (*tok.encode_data(item.responses[0]), tok.eos_ids[0]), None
+  ids, learnt = [], []
+  for text, train in item.pieces:
+    new = tok.encode_data(text)
+    ids += new
+    learnt += [train] * len(new)
+  return (*ids, tok.eos_ids[0]), (*learnt, item.pieces[-1][1])
+
+
 def run(config: Any, workdir: Workdir, mesh: Any, generate: Any = None) -> None:
-  """Trains `config.sft.init` on `config.data.instructions`."""
+  """Trains `config.sft.init` on `config.sft.data`, in the order that `config.sft.order` says."""
   del generate
   checks.stage(config, mesh, 'sft')
+  source = loading.sft_data(config)
   reads = (
-      config.data.instructions,
+      source,
       *loading.setup_reads(config),
       *loading.model_reads(config, config.sft.init),
   )
   if workdir.is_done('sft', config, reads):
     return processes.say('sft: done before')
   tok = loading.tokenizer(config)
-  data = rows(config.data.instructions, tok, tuple(config.sft.buckets), what='sft', strict=config.strict)
+  data = rows(source, tok, tuple(config.sft.buckets), what='sft', strict=config.strict)
   decoder = loading.model(config, tok)
+  seed, order = stream.stage_seed(config.seed, 'sft'), stream.ORDERS[config.sft.order]
   workdir.start('sft', config, reads)
 
   def batch_of(step):
-    index, _ = stream.indices(seed=stream.stage_seed(config.seed, 'sft'), step=step, batch_size=config.sft.batch, size=len(data))
+    index, _ = order(seed=seed, step=step, batch_size=config.sft.batch, size=len(data))
     return batches.pad(
         [data[i] for i in index],
         num_rows=config.sft.batch,

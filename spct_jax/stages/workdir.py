@@ -34,6 +34,7 @@ from typing import Any
 
 import numpy as np
 
+from spct_jax import packaged
 from spct_jax.data import sources
 from spct_jax.stages.logbook import MetricsWriter, read_rows
 from spct_jax.stages.processes import as_writer_says, barrier, is_writer, write_text
@@ -130,7 +131,10 @@ def version() -> str | None:
 def _content(path: pathlib.Path) -> str:
   """Hash of a file, read as a stream, or of every file under a folder with its name."""
   if path.is_dir():
-    files = sorted(file for file in path.rglob('*') if file.is_file())
+    # Python writes caches of bytecode beside the files of a package, at times of its own.
+    files = sorted(
+      file for file in path.rglob('*') if file.is_file() and file.parent.name != '__pycache__'
+    )
     return _digest([[file.relative_to(path).as_posix(), _content(file)] for file in files])
   with open(path, 'rb') as file:
     return hashlib.file_digest(file, 'sha256').hexdigest()
@@ -178,10 +182,16 @@ class Workdir:
   def resolve(self, read: str | os.PathLike[str]) -> pathlib.Path:
     """A path that a stage reads: inside the workdir if it is there, else as the caller wrote it.
 
-    A name such as 'builtin:preferences' is the file that the package carries.
+    A name such as 'builtin:preferences' or 'package:...' is the file that the package carries, and
+    'made:...' the source file of the function that it names.
     """
-    if str(read) in sources.BUILTIN:
-      return sources.BUILTIN[str(read)]
+    name = str(read)
+    if name in sources.BUILTIN:
+      return sources.BUILTIN[name]
+    if name.startswith(packaged.PREFIX):
+      return packaged.resolve(name)
+    if name.startswith(sources.MADE):
+      return sources.made_file(name)
     inside = self.path / read
     return inside if inside.exists() else pathlib.Path(read).expanduser()
 
@@ -198,8 +208,9 @@ class Workdir:
   ) -> dict[str, Any] | None:
     """What a stage's result depends on; None if one of its inputs is not there.
 
-    An entry of `reads` is a file, a folder, or a name: 'builtin:preferences' stands for the carried
-    file, any other with a scheme ('tfds:...') for itself.
+    An entry of `reads` is a file, a folder, or a name: 'builtin:preferences' and 'package:...'
+    stand for the carried file or folder, 'made:...' for itself and the source of the function, any
+    other with a scheme ('tfds:...') for itself. No entry says where a package is installed.
     """
     if self.missing(reads):
       return None

@@ -18,6 +18,7 @@ time linear in the text: no two runs of the same signs stand side by side in a p
 
 from __future__ import annotations
 
+import functools
 import re
 import unicodedata
 
@@ -126,6 +127,7 @@ _TURN_LINES = (
 )
 
 
+@functools.lru_cache(maxsize=64)  # an item's texts come back in each of its orders
 def neutralise(text: str, turns: bool = False) -> str:
   """Returns `text` with `(quoted)` put into whatever imitates a marker; idempotent.
 

@@ -14,16 +14,19 @@ gives it back normalised.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
 import functools
 import json
 import pathlib
 from typing import Any
 
+from spct_jax import packaged
 from spct_jax.text import chat
 
 BUILTIN = {'builtin:small': pathlib.Path(__file__).parent / 'files' / 'small'}
+# How many texts a tokenizer remembers the ids of.
+_FRAMES, _QUOTES = 1024, 64
 _BLANKS = ' \t\r\n\u2581\u0120\u010a'
 
 
@@ -47,24 +50,15 @@ class Tokenizer:
 
   def encode(self, text: str) -> list[int]:
     """Ids of frame text that opens a prompt; special tokens in it are special."""
-    return self.hf.encode(_well_formed(text), add_special_tokens=False)
+    return list(self._opening(text))
 
   def encode_next(self, text: str) -> list[int]:
     """Ids of frame text inside a prompt: as `encode`, without a blank put in front."""
-    return self._inner.encode(_well_formed(text), add_special_tokens=False).ids
+    return list(self._inside(text))
 
   def encode_data(self, text: str) -> list[int]:
     """Ids of quoted text: ordinary tokens only, whatever it says."""
-    ids = []
-    pieces = [_well_formed(text)]
-    while pieces:
-      piece = pieces.pop()
-      encoding = self._plain.encode(piece, add_special_tokens=False)
-      if self.reserved.isdisjoint(encoding.ids):
-        ids += encoding.ids
-      else:
-        pieces += reversed(self._cut(piece, encoding))
-    return ids
+    return list(self._quoted(text))
 
   def decode(self, ids: Sequence[int]) -> str:
     """The text of some ids, special tokens included."""
@@ -86,6 +80,36 @@ class Tokenizer:
     added = self.hf.added_tokens_decoder
     ids = {index for index, token in added.items() if token.content.strip(_BLANKS)}
     return frozenset(ids | set(self.hf.all_special_ids)) - {_unknown_id(self._rules['model'])}
+
+  # The same frames come back in every prompt, and the same quotes in every order of an item.
+  @functools.cached_property
+  def _opening(self) -> Callable[[str], tuple[int, ...]]:
+    return functools.lru_cache(maxsize=_FRAMES)(
+        lambda text: tuple(self.hf.encode(_well_formed(text), add_special_tokens=False))
+    )
+
+  @functools.cached_property
+  def _inside(self) -> Callable[[str], tuple[int, ...]]:
+    return functools.lru_cache(maxsize=_FRAMES)(
+        lambda text: tuple(self._inner.encode(_well_formed(text), add_special_tokens=False).ids)
+    )
+
+  @functools.cached_property
+  def _quoted(self) -> Callable[[str], tuple[int, ...]]:
+    return functools.lru_cache(maxsize=_QUOTES)(self._encode_data)
+
+  def _encode_data(self, text: str) -> tuple[int, ...]:
+    found = []
+    pieces = [_well_formed(text)]
+    while pieces:
+      piece = pieces.pop()
+      encoding = self._plain.encode(piece, add_special_tokens=False)
+      ids = encoding.ids  # a new list at each access
+      if self.reserved.isdisjoint(ids):
+        found += ids
+      else:
+        pieces += reversed(self._cut(piece, encoding))
+    return tuple(found)
 
   @functools.cached_property
   def _rules(self) -> dict[str, Any]:
@@ -116,10 +140,16 @@ class Tokenizer:
 
 
 def load(path: str | pathlib.Path) -> Tokenizer:
-  """Loads a Hugging Face folder, a GPT-2 folder (encoder.json, vocab.bpe), or 'builtin:small'."""
+  """Loads a Hugging Face folder, a GPT-2 folder (encoder.json, vocab.bpe), or 'builtin:small'.
+
+  'package:MODULE/folder' is a folder that an importable package carries.
+  """
   if str(path).startswith('builtin:') and str(path) not in BUILTIN:
     raise ValueError(f'tokenizer: got {str(path)!r}; the package carries: {", ".join(BUILTIN)}')
-  folder = BUILTIN.get(str(path)) or pathlib.Path(path)
+  if str(path).startswith(packaged.PREFIX):
+    folder = packaged.resolve(str(path))
+  else:
+    folder = BUILTIN.get(str(path)) or pathlib.Path(path)
   if not folder.is_dir():
     raise ValueError(
         f'tokenizer: no folder {str(folder)!r}; give a Hugging Face folder or {", ".join(BUILTIN)}'

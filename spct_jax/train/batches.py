@@ -27,12 +27,16 @@ from spct_jax.types import Trajectory
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-  """One sequence to learn from; `logp` are the sampler's, one per completion token, or None."""
+  """One sequence to learn from; `logp` are the sampler's, one per completion token, or None.
+
+  `learnt` says which completion tokens the loss counts; None: all.
+  """
 
   name: str  # what a person would call it, for messages
   prompt_ids: tuple[int, ...]
   completion_ids: tuple[int, ...]
   logp: tuple[float, ...] | None = None
+  learnt: tuple[bool, ...] | None = None
 
   def __post_init__(self):
     if not self.prompt_ids:
@@ -44,6 +48,11 @@ class Row:
       raise ValueError(
           f'{self.name}: {len(self.logp)} log-probabilities for {len(self.completion_ids)} completion'
           ' tokens; there must be one for each.'
+      )
+    if self.learnt is not None and len(self.learnt) != len(self.completion_ids):
+      raise ValueError(
+          f'{self.name}: {len(self.learnt)} flags of what is learnt for {len(self.completion_ids)}'
+          ' completion tokens; there must be one for each.'
       )
 
   @property
@@ -125,7 +134,7 @@ def pad(
     batch['tokens'][i, : row.length] = row.prompt_ids + row.completion_ids
     batch['lengths'][i] = row.length
     predicting = slice(len(row.prompt_ids) - 1, row.length - 1)
-    batch['token_mask'][i, predicting] = True
+    batch['token_mask'][i, predicting] = True if row.learnt is None else row.learnt
     if row.logp is not None:
       batch['sampler_logp'][i, predicting] = row.logp
   for name, values in columns.items():

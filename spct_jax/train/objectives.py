@@ -54,12 +54,18 @@ def token_scores(
     model: Any, params: Any, batch: dict, *, temperature: Any, chunk: int, entropy: bool
 ) -> tuple[jax.Array, jax.Array]:
   """(logp, entropy), float32[Q, L] each; without `entropy` the second is zeros."""
+  score = lambda x, targets: _score(model, params, x, targets, temperature, entropy)
+  return _in_chunks(model, params, batch, score, chunk)
+
+
+def _in_chunks(model: Any, params: Any, batch: dict, score: Callable, chunk: int) -> tuple:
+  """`score(x [Q, C, D], next tokens [Q, C])`, a tuple of [Q, C], at all L positions; 0 at the last."""
   tokens, lengths = _columns(batch, 'tokens', 'lengths')
   x = model.hidden(params, tokens, lengths)
   targets = jnp.roll(tokens, -1, axis=1)  # the last target is the row's first token: zeroed below
   length = tokens.shape[1]
   if chunk <= 0 or chunk >= length:
-    scores = _score(model, params, x, targets, temperature, entropy)
+    scores = score(x, targets)
   else:
     spare = -length % chunk
 
@@ -69,13 +75,36 @@ def token_scores(
 
     def one(carry, part):
       # The parameters come in from outside the scan: as a carry they would be copied.
-      return carry, _score(model, params, *part, temperature, entropy)
+      return carry, score(*part)
 
     body = jax.checkpoint(one, prevent_cse=False)
     _, scores = jax.lax.scan(body, None, (deal(x), deal(targets)))
     scores = tuple(jnp.moveaxis(s, 0, 1).reshape(s.shape[1], -1)[:, :length] for s in scores)
   predicts = (jnp.arange(length) < length - 1)[None, :]
   return tuple(jnp.where(predicts, s, 0.0) for s in scores)
+
+
+def _score_greedy(model: Any, params: Any, x: jax.Array, targets: jax.Array):
+  """(logp, whether the next token is the likeliest one) of hidden states x [Q, C, D]."""
+  logits = model.unembed(params, x).astype(jnp.float32)
+  chosen = jnp.arange(logits.shape[-1])[None, None, :] == targets[:, :, None]
+  logp = jnp.sum(jnp.where(chosen, logits, 0.0), axis=-1) - jax.nn.logsumexp(logits, axis=-1)
+  return logp, (jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32)
+
+
+def completion_scores(model: Any, mesh: Any, *, chunk: int = 0) -> Callable:
+  """A jitted `(params, batch) -> (nll float32[Q], exact bool[Q])` of whole completions.
+
+  nll is the sum over the completion's tokens. `exact` says that greedy decoding from the prompt would
+  write this very completion, end-of-sequence token included: each of its tokens is the likeliest after
+  those before it (the lowest id on ties, as in the sampler), so no position needs to be decoded.
+  """
+  def scores(params, batch):
+    (token_mask,) = _columns(batch, 'token_mask')
+    score = lambda x, targets: _score_greedy(model, params, x, targets)
+    logp, best = _in_chunks(model, params, batch, score, chunk)
+    return -jnp.sum(jnp.where(token_mask, logp, 0.0), axis=1), jnp.all((best > 0) | ~token_mask, axis=1)
+  return jax.jit(scores, out_shardings=sharding.batch_rows(mesh))
 
 
 def sft_objective(model: Any, *, chunk: int = 0) -> Callable:

@@ -323,3 +323,26 @@ def test_baselines_by_hand():
   assert set(got) == set(expected)
   for name, credit in expected.items():
     np.testing.assert_allclose(got[name], credit, rtol=1e-6, err_msg=name)
+
+
+def test_paired_gains_go_item_by_item():
+  # Seen to catch: the standard errors of both added as if unpaired; ddof 0; uncounted items in the mean.
+  credit, other = np.array([1.0, 0.5, 1.0, 0.0, 0.0]), np.array([0.5, 0.5, 0.0, 0.25, 1.0])
+  counted = np.array([True, True, True, True, False])
+  differences = [0.5, 0.0, 1.0, -0.25]
+  mean = sum(differences) / 4
+  stderr = math.sqrt(sum((d - mean) ** 2 for d in differences) / 3 / 4)
+  got = metrics.paired(credit, other, counted)
+  assert got['gain'] == pytest.approx(mean) and got['stderr'] == pytest.approx(stderr) and got['items'] == 4
+  assert got['low'] == pytest.approx(mean - 1.96 * stderr, abs=1e-4)
+  assert got['high'] == pytest.approx(min(1, mean + 1.96 * stderr), abs=1e-4)
+  assert metrics.paired(other, credit, counted)['gain'] == -got['gain']
+
+
+def test_paired_gains_that_are_all_alike_are_not_certain():
+  same = np.full(100, 0.5)
+  got = metrics.paired(same, same, np.ones(100, bool))
+  bound = metrics.wilson(0.0, 100)[1]
+  assert (got['gain'], got['stderr']) == (0, 0) and got['high'] == -got['low'] == pytest.approx(bound) and bound < 0.04
+  assert metrics.paired(same, same, np.zeros(100, bool)) == {'gain': 0, 'stderr': 0, 'low': -1, 'high': 1, 'items': 0}
+  assert metrics.paired(np.ones(2), np.zeros(2), np.ones(2, bool))['high'] == 1

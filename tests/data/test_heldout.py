@@ -61,3 +61,22 @@ def test_mistakes():
     data.split(ITEMS[:1], 0.5, seed=0)
   with pytest.raises(ValueError, match="cannot split by 'subset': allowed are uid, prompt"):
     data.split(ITEMS, 0.5, seed=0, by='subset')
+
+
+# Mutations seen to fail: prompts in the order of the file; items taken one by one.
+def test_a_number_of_items_is_taken_by_whole_prompts():
+  twice = ITEMS[:40] + [item(f'copy:{i}', f'  QUESTION\n{i} ') for i in range(40)]
+  found = heldout.take(twice, 9, seed=0)
+  assert len(found.held_out) == 8 and not heldout.contamination(found.train, found.held_out)
+  assert [e for e in twice if e in found.train] == list(found.train) and len(found.train) == 72
+  assert set(heldout.take(twice[::-1], 9, seed=0).held_out) == set(found.held_out)
+  assert set(found.held_out) < set(heldout.take(twice, 20, seed=0).held_out)
+  # After a split of the same seed, it is what a larger split would have held out next.
+  parts = data.split(twice, 0.2, seed=0, by='prompt')
+  held = parts.held_out + heldout.take(parts.train, 8, seed=0).held_out
+  fraction = next(f / 1000 for f in range(200, 1000)
+                  if len(data.split(twice, f / 1000, seed=0, by='prompt').held_out) == len(held))
+  assert set(data.split(twice, fraction, seed=0, by='prompt').held_out) == set(held)
+  for number in (1, 80):  # less than a prompt, and all of them
+    with pytest.raises(ValueError, match=f'taking {number} of 80 items \\(40 prompts, which stay whole\\) leaves'):
+      heldout.take(twice, number, seed=0)

@@ -103,6 +103,18 @@ def test_the_two_sources_have_orders_of_their_own():
   assert row[source == 0].tolist() != row[source == 1].tolist()
 
 
+# Mutation seen to fail: positions that begin anew with each batch.
+def test_in_order_is_the_source_again_and_again():
+  parts = [stream.in_order(seed=9, step=step, batch_size=4, size=3) for step in range(3)]
+  row, visit = (np.concatenate(column) for column in zip(*parts, strict=True))
+  assert row.tolist() == [0, 1, 2] * 4 and visit.tolist() == [i // 3 for i in range(12)]
+  expected = stream.indices(seed=9, step=1, batch_size=4, size=3)
+  assert [part.dtype for part in parts[1]] == [part.dtype for part in expected]
+  assert (parts[1][1] == expected[1]).all()
+  with pytest.raises(ValueError, match='without rows'):
+    stream.in_order(0, 0, 2, 0)
+
+
 def test_mistakes():
   for arguments in ((0, 0, 0, 5), (0, -1, 2, 5), (-1, 0, 2, 5)):
     with pytest.raises(ValueError, match='expected seed >= 0, step >= 0 and batch_size >= 1, got'):

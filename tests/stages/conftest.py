@@ -48,6 +48,7 @@ def config(files):
     page.data.eval_path = str(files / 'eval.jsonl')
     page.data.eval_reader = 'plain'
     page.data.eval_limit = 0
+    page.data.validation_limit = page.grpo.validate_every = 0  # six items to train on; tests of validation bring a file
     page.pipeline.stages = ('sample', 'rft', 'grpo', 'meta_rm', 'evaluate')
     page.sample.model = page.rft.init = 'base'
     page.judge.max_new_tokens = 96

@@ -54,6 +54,7 @@ def config(folder):
   spec.loader.exec_module(page)
   found = page.get_config(f'smoke,data=plain,path={folder / "train.jsonl"}')
   found.data.eval_path = str(folder / 'eval.jsonl')
+  found.data.validation_limit = found.grpo.validate_every = 0  # four items to train on
   found.logging.tensorboard = False
   # The numbers that the messages below speak of.
   found.judge.buckets, found.judge.max_new_tokens = (256, 512), 16
@@ -130,6 +131,17 @@ FIELDS = {
     'group of one': ({'grpo.group': 1}, ('grpo.group', 'got 1', '2 or more', 'compares the samples'), 'grpo'),
     'grpo bucket': ({'grpo.buckets': (512,)}, ('grpo.buckets', '512', '528', 'raise it'), 'grpo'),
     'steps': ({'sft.steps': -1}, ('sft.steps', 'got -1', 'at least 0'), 'sft'),
+    'order of sft': ({'sft.order': 'sorted'}, ('sft.order', "'sorted'", "'shuffle', 'given'"), 'sft'),
+    'data of sft': ({'sft.data': '/nowhere/base.jsonl'}, ('/nowhere/base.jsonl', 'check the path'), 'sft'),
+    'generator of sft': (
+        {'sft.data': 'made:spct_jax.masked:men'}, ('made:spct_jax.masked:men', "no function 'men'", 'mean'), 'sft'
+    ),
+    'package of the template': (
+        {'judge.template': 'package:spct_jax.judges/templates/long'}, ("holds no 'long'", 'short'), 'sample'
+    ),
+    'package of the tokenizer': (
+        {'tokenizer.path': 'package:spct_jax_text/files/small'}, ("cannot import 'spct_jax_text'",), 'sft'
+    ),
     'checkpoints': ({'rft.checkpoint_every': 0}, ('rft.checkpoint_every', 'got 0', 'at least 1'), 'rft'),
     'learning rate': ({'meta_rm.lr': 0.0}, ('meta_rm.lr', 'got 0.0', 'positive'), 'meta_rm'),
     'schedule': ({'sft.schedule': 'cosin'}, ('sft', "'cosin'", 'cosine'), 'sft'),
@@ -147,12 +159,43 @@ FIELDS = {
     'old_logp': ({'grpo.old_logp': 'old'}, ('grpo.old_logp', "'old'", "'sampler', 'learner'"), 'grpo'),
     'clip': ({'grpo.clip_eps': -0.1}, ('grpo', 'clip_eps=-0.1', 'negative'), 'grpo'),
     'updates': ({'grpo.updates': 0}, ('grpo.updates', 'got 0', 'at least 1'), 'grpo'),
+    'nothing to validate on': (
+        {'grpo.validate_every': 1}, ('grpo.validate_every', 'got 1', 'data.validation_limit=0', 'set'), 'grpo'
+    ),
+    'validate never': ({'grpo.validate_every': -1}, ('grpo.validate_every', 'got -1', 'at least 0'), 'grpo'),
+    'validate by none': ({'grpo.validate_samples': 0}, ('grpo.validate_samples', 'got 0', 'at least 1'), 'grpo'),
+    'negative limit to validate': ({'data.validation_limit': -1}, ('data.validation_limit', 'got -1'), 'grpo'),
+    'all items to validate on': (
+        {'data.validation_limit': 4},
+        ('data.validation_limit', 'got 4', 'leaves 0 to train on', 'data.validation_path', 'data.validation_limit=0'),
+        None,
+    ),
+    'no validation file': (
+        {'data.validation_limit': 2, 'data.validation_path': '/nowhere/at/all.jsonl'}, ('/nowhere/at/all',), None
+    ),
+    'principles': ({'trackers.principles': 'Criteria:.*'}, ('trackers.principles', '0 groups', 'exactly one'), 'grpo'),
+    'pattern': ({'trackers.patterns.format': '['}, ('trackers.patterns.format', "'['", 'regular'), 'evaluate'),
     'soft': ({'evaluate.soft_temperature': 0.0}, ('evaluate.soft_temperature', 'got 0.0', 'above 0'), 'evaluate'),
     'single': ({'evaluate.single': 'both'}, ('evaluate.single', "'both'", "'binary', 'scale'"), 'evaluate'),
     'keep': ({'logging.keep': 0}, ('logging.keep', 'got 0', 'at least 1'), 'sft'),
     'template': ({'judge.template': 'shrot'}, ('template', "'shrot'", 'grm, short', 'folder'), 'sample'),
     'no models': ({'evaluate.models': ()}, ('evaluate.models', 'none', 'at least one'), 'evaluate'),
     'a model twice': ({'evaluate.models': ('rft', 'rft')}, ('evaluate.models', 'at most once'), 'evaluate'),
+    'too few names': (
+        {'evaluate.names': ('before',)}, ('evaluate.names', "('before',)", 'one distinct name for each'), 'evaluate'
+    ),
+    'one name twice': (
+        {'evaluate.names': ('a', 'a', 'b')}, ('evaluate.names', "('a', 'a', 'b')", 'distinct'), 'evaluate'
+    ),
+    'an empty name': ({'evaluate.names': ('a', ' ', 'b')}, ('evaluate.names', "' '", 'distinct'), 'evaluate'),
+    'show': ({'evaluate.show': -1}, ('evaluate.show', 'got -1', 'at least 0'), 'evaluate'),
+    'no such instructions': (
+        {'evaluate.instructions': '/nowhere/general.jsonl'}, ('/nowhere/general.jsonl',), 'evaluate'
+    ),
+    'meta_batch for instructions': (
+        {'evaluate.meta': '', 'evaluate.instructions': 'builtin:instructions', 'evaluate.meta_batch': 0},
+        ('evaluate.meta_batch', 'got 0', 'at least 1'), 'evaluate',
+    ),
     'unknown model': ({'evaluate.models': ('rft', 'rtf')}, ('evaluate', "'rtf'", JUDGES), 'evaluate'),
     'unknown start': ({'rft.init': 'stf'}, ('rft', "'stf'", JUDGES), 'rft'),
     'meta-RM as judge': ({'evaluate.models': ('meta_rm',)}, ('evaluate', "'meta_rm'", JUDGES), 'evaluate'),

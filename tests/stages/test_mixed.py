@@ -21,7 +21,7 @@ import pytest
 
 from spct_jax import records, sharding, stages
 from spct_jax.judges import grm
-from spct_jax.stages import evaluate, grpo, loading, measure, meta_rm, workdir as workdirs
+from spct_jax.stages import evaluate, grpo, loading, measure, meta_rm, results, workdir as workdirs
 from spct_jax.testing import scripted
 from spct_jax.text import tokenizer as tokenizers
 
@@ -99,6 +99,7 @@ def ran(tmp_path_factory):
   spec.loader.exec_module(page)
   config = page.get_config(f'smoke,data=plain,path={folder / "train.jsonl"}')
   config.data.eval_path, config.data.eval_limit = str(folder / 'eval.jsonl'), 0
+  config.data.validation_limit = config.grpo.validate_every = 0
   config.pipeline.stages = ('sample', 'rft', 'grpo', 'meta_rm', 'evaluate')
   config.sample.model = config.rft.init = config.grpo.init = config.meta_rm.policy = 'base'
   config.judge.max_new_tokens, config.judge.buckets = 96, (256,)
@@ -321,6 +322,78 @@ def oracle(part, meta, *, k, guided, k_meta, temperature):
       'ties': undecided / cast,
       'auc': statistics.mean(areas) if areas else None,
   }
+
+
+def credits(meta, *, k, guided, k_meta, temperature):
+  """Plain Python: the credit of each evaluated item, by uid."""
+  found = {}
+  for row in EVAL:
+    pool = POOL[row['id']] if row['id'] in POOL else [None] * 4
+    told = []
+    for start in range(0, 4, k):
+      scores = pool[start : start + k]
+      weights = weights_of(
+          meta[row['id']][start : start + k], [s is not None for s in scores], guided, min(k_meta, k), temperature
+      )
+      one = vote(scores, weights, row['label'])
+      told.append(one[0] if one else 0.0)
+    found[row['id']] = statistics.mean(told)
+  return found
+
+
+@pytest.mark.parametrize('guided, k', [('hard', 2), ('hard', 4), ('soft', 2), ('soft', 4)])
+def test_a_gain_is_the_mean_difference_of_the_items_and_has_their_spread(ran, guided, k):
+  # Seen to catch: the gain against the plain vote of another k, or over all items in a part's row.
+  how = {'k': k, 'k_meta': 1, 'temperature': 0.7}
+  plain, guided_credit = credits(META, guided=False, **how), credits(META, guided=guided, **how)
+  rows = guided_rows(ran, META, k_meta=1, temperature=0.7)
+  parts = {('all', None): EVAL, ('all', 1): EVAL[:4], ('named', None): [EVAL[4], EVAL[5], EVAL[7]]}
+  for (subset, n), part in parts.items():
+    found = {
+        row['guided']: row for row in rows if (row['subset'], row['n'], row['k']) == (subset, n, k)
+    }
+    differences = [guided_credit[row['id']] - plain[row['id']] for row in part]
+    row = found[guided]
+    assert row['gain'] == near(statistics.mean(differences))
+    assert row['gain'] == near(row['accuracy'] - found[False]['accuracy'])
+    assert row['gain_stderr'] == near(statistics.stdev(differences) / math.sqrt(len(part)))
+    if row['gain_stderr'] > 0:
+      assert row['gain_high'] - row['gain'] == pytest.approx(1.959964 * row['gain_stderr'], abs=1e-5)
+    assert row['gain_low'] < row['gain'] < row['gain_high']
+    assert 'gain' not in found[False]
+  assert any(abs(guided_credit[uid] - plain[uid]) > 0.1 for uid in plain)
+
+
+@pytest.mark.parametrize('k', [1, 2, 4])
+def test_an_oracle_lets_only_right_samples_vote(ran, k):
+  # Seen to catch: blocks without a right sample counted as wrong; the right ones looked for in the whole pool.
+  wanted = []
+  for row in EVAL:
+    pool = POOL[row['id']] if row['id'] in POOL else [None] * 4
+    told = []
+    for start in range(0, 4, k):
+      block = [(s, vote([s], [1.0], row['label'])) for s in pool[start : start + k] if s is not None]
+      right = [s for s, (credit, undecided, _) in block if credit == 1 and not undecided]
+      said = vote(right or [s for s, _ in block], [1.0] * len(right or block), row['label'])
+      told.append(said[0] if said else 0.0)
+    wanted.append(statistics.mean(told))
+  got = measure.oracle_accuracy(pool_of(ran, META), items_of(ran), k=k, threshold=5.5)
+  assert got == near(statistics.mean(wanted))
+  if k == 1:
+    assert got == near(sum(CREDIT[1]) / 8)
+
+
+def test_the_report_tells_the_headroom_and_shows_an_item(ran):
+  text = (ran.path / 'report.md').read_text()
+  told = ', '.join(
+      f'k = {k} {results.percent(measure.oracle_accuracy(pool_of(ran, META), items_of(ran), k=k, threshold=5.5))}'
+      for k in (1, 2, 4)
+  )
+  assert f'where there are any: {told}' in text
+  shown = text.partition('## One judgement by every stage')[2]
+  first = next(t for t in ran.trajectories('evaluate/base.jsonl') if (t.uid, t.sample) == ('a1', 0))
+  assert '### Item a1' in shown and '(gold label 1)' in shown and f'```text\n{first.text}\n```' in shown
+  assert '**base** is right; scores: response 1: 9' in shown and '### Item a2' not in shown
 
 
 def same(row, wanted):

@@ -7,7 +7,8 @@ import re
 import numpy as np
 import pytest
 
-from spct_jax.stages import figures, report, results
+from spct_jax import types
+from spct_jax.stages import console, exhibit, figures, report, results
 
 
 def _row(**changes):
@@ -40,6 +41,8 @@ def _extras(**changes):
     skipped={},
     figures={},
     notes=(),
+    instructions=(),
+    exhibits=(),
   )
   return report.Extras(**(values | changes))
 
@@ -136,12 +139,128 @@ def test_every_accuracy_has_its_interval_and_its_rates_beside_it(tmp_path):
     assert line.count('|') == table[0].count('|')
 
 
+def test_a_guided_row_shows_its_gain_on_the_plain_vote(tmp_path):
+  # Seen to catch: the interval's ends swapped; no sign before a gain; a gain outside -1..1 let pass.
+  gain = {'gain': 0.0625, 'gain_stderr': 0.05, 'gain_low': -0.0355, 'gain_high': 0.1605}
+  text = _report(tmp_path, [_row(), _row(guided='hard', accuracy=0.6875) | gain])
+  plain, guided = _lines(text, '| rft')
+  assert plain.split('|')[-3:-1] == [' – ', ' 8 '] and '| gain on plain, points | items |' in text
+  assert guided.split('|')[-3:-1] == [' +6.3 [-3.6, +16.1] ', ' 8 ']
+  assert 'Gain: accuracy minus that of the plain vote' in text
+  assert 'Gain:' not in _report(tmp_path, [_row()])
+  with pytest.raises(ValueError, match='gain is 6.25; allowed: a difference in -1..1'):
+    results.validated([_row(guided='hard') | gain | {'gain': 6.25}])
+
+
+@pytest.mark.parametrize('gain, words', [
+  (0.0123, '+1.2'), (-0.5, '-50.0'), (0.0, '0.0'), (-1e-9, '0.0'), (1.0, '+100.0'), (0.0004, '0.0'), (None, '–'),
+])  # fmt: skip
+def test_points_have_a_sign(gain, words):
+  assert results.points(gain) == words
+
+
+def test_general_instruction_data_has_a_table_of_its_own(tmp_path):
+  told = [
+    {'stage': 'sft|x', 'exact': 0.25, 'low': 0.1, 'high': 0.5, 'nll': 0.33335, 'tokens': 77, 'items': 8},
+    {'stage': 'rft', 'exact': 0.0, 'low': 0.0, 'high': 0.3, 'nll': None, 'tokens': 77, 'items': 8},
+  ]
+  text = _report(tmp_path, [_row()], instructions=told)
+  table = _lines(text.partition('## General instruction data')[2], '|')
+  assert table[2] == '| sft\\|x | 25.0 | 10.0 to 50.0 | 0.3333 | 77 | 8 |'
+  assert table[3] == '| rft | 0.0 | 0.0 to 30.0 | – | 77 | 8 |'
+  assert '## General' not in _report(tmp_path, [_row()])
+
+
+def test_the_console_has_a_line_per_stage():
+  # Seen to catch: greedy taken for k = 1; the guided column at the largest k; the mixed rows where n is mixed.
+  rows = []
+  for stage, shift in (('base', 0.0), ('SPCT', 0.1)):
+    rows.append(_row(stage=stage, k=1, temperature=0.0, accuracy=0.5 + shift))
+    for k in (1, 2, 4, 8, 16, 32):
+      rows.append(_row(stage=stage, k=k, accuracy=0.5 + shift + k / 1000))
+      rows.append(_row(stage=stage, k=k, guided='hard', accuracy=0.6 + shift + k / 1000))
+  assert console.table(rows) == [
+    '',
+    'own, accuracy in % on 8 items of 2 responses',
+    'stage  parse failures  greedy  k = 1  k = 8  k = 32  k = 8, guided',
+    'base           12.5 %    50.0   50.1   50.8    53.2           60.8',
+    'SPCT           12.5 %    60.0   60.1   60.8    63.2           70.8',
+  ]
+  mixed = [_row(n=None, items=9), _row(n=1, items=1), _row(n=4, k=1), _row(n=4)]
+  told = console.table(mixed + [_row(subset='part', n=7)])
+  assert [line for line in told if 'own' in line] == [
+    'own, accuracy in % on 1 item of 1 response', 'own, accuracy in % on 8 items of 4 responses'
+  ]
+  assert told[2] == 'stage  parse failures  k = 4' and told[-2] == 'stage  parse failures  k = 1  k = 4'
+  assert console.table([_row(n=None)])[1] == 'own, accuracy in % on 8 items'
+  assert console.table([_row(k=1, temperature=0.0)])[2] == 'stage  parse failures  greedy'
+  assert console.table([]) == [] and console.instructions([]) == []
+
+
+# One item by every stage
+
+
+def _said(text, scores, order=(1, 0)):
+  return types.Trajectory(
+    uid='u', sample=0, visit=0, order=order, hinted=False, prompt_ids=(1,), token_ids=(2,), logp=(0.0,), text=text,
+    scores=scores, parse='ok' if scores else 'no scores',
+  )  # fmt: skip
+
+
+def _exhibit(**changes):
+  example = types.Example(
+    'u', (types.Message('user', 'Which?'),), ('a ``` b', 'two\x1b[2J'), label=1, grades=(0.25, 1.0), **changes
+  )
+  judgements = {'base': _said('no ````idea', None), 'SPCT': _said('better', (9, 3)), 'late': None}
+  return exhibit.Exhibit(example, judgements, {'base': False, 'SPCT': True, 'late': False})
+
+
+def test_an_item_is_shown_with_every_stages_judgement():
+  # Seen to catch: scores in the order shown; a fence of three beside quoted backticks; gold on the wrong response.
+  text = exhibit.markdown(_exhibit())
+  assert 'Response 1 (grade 0.25):\n\n````text\na ``` b\n````' in text
+  assert 'Response 2 (the best, grade 1):\n\n```text\ntwo\x1b[2J\n```' in text
+  where = '(it read the responses in the order 2, 1)'
+  assert f'**base** is wrong {where}; no score could be read (no scores):\n\n`````text\nno ````idea\n`````' in text
+  assert f'**SPCT** is right {where}; scores: response 1: 3, response 2: 9:\n\n```text\nbetter\n```' in text
+  assert '**late** has no judgement of it.' in text and 'user:\n\n```text\nWhich?\n```' in text
+
+
+def test_the_console_obeys_nothing_in_a_text_and_cuts_long_ones():
+  told = exhibit.console(_exhibit())
+  assert '\x1b' not in told and 'two\ufffd[2J' in told
+  long = _exhibit(reference=None)
+  long = exhibit.Exhibit(long.example, {'base': _said('word\n' * 100, (1, 2))}, {'base': True})
+  assert exhibit.console(long).count('word') == 40 and '[... 301 more characters in report.md]' in exhibit.console(long)
+  assert exhibit.markdown(long).count('word') == 100
+  single = types.Example('s', (types.Message('user', 'Q'),), ('only',), label=0)
+  told = exhibit.markdown(exhibit.Exhibit(single, {'base': _said('x', (7,), order=(0,))}, {'base': False}))
+  assert 'Response 1 (gold label 0)' in told and '**base** is wrong; scores: response 1: 7' in told
+
+
+def test_the_item_shown_is_one_that_training_changed():
+  # Seen to catch: single responses and over-long items chosen; last and first swapped.
+  sizes = [1, 2, 2, 2, 3]
+  examples = [types.Example(str(i), (), ('r',) * n, label=0) for i, n in enumerate(sizes)]
+  wrong_first = {
+    'base': np.array([False, True, False, False, False]),
+    'mid': np.array([False] * 5),
+    'SPCT': np.array([True, False, True, True, True]),
+  }
+  judged = np.array([True, True, False, True, True])
+  choose = lambda correct, show: exhibit.choose(examples, correct, judged, show=show)
+  assert choose(wrong_first, 1) == [3] and choose(wrong_first, 3) == [3, 4, 0] and choose(wrong_first, 0) == []
+  assert choose({'base': wrong_first['base']}, 2) == [0, 1]  # nothing changed: the first items
+  assert exhibit.choose(examples, wrong_first, np.zeros(5, bool), show=2) == []
+
+
 def test_baselines_stand_below_the_judges(tmp_path):
   names = ('longest', 'shortest', 'first', 'random')
   baselines = [
     {
       'benchmark': 'own',
       'subset': 'all',
+      'n': 2,
       'name': name,
       'accuracy': 0.5,
       'stderr': 0.1,
@@ -219,6 +338,7 @@ def test_figures_are_drawn_or_say_that_there_is_nothing(tmp_path):
     {
       'benchmark': 'own',
       'subset': 'all',
+      'n': 2,
       'name': 'random',
       'accuracy': 0.5,
       'stderr': 0.0,
@@ -246,6 +366,75 @@ def test_figures_are_drawn_or_say_that_there_is_nothing(tmp_path):
     tmp_path / 'd.png', [{'stage': 'grpo', 'step': 0, 'counts': [1]}]
   )
   assert not (tmp_path / 'd.png').exists()
+
+
+def _drawn(monkeypatch, draw):
+  """The figure that `draw` would save."""
+  import matplotlib.figure
+
+  kept = []
+  monkeypatch.setattr(matplotlib.figure.Figure, 'savefig', lambda self, path, **how: kept.append(self))
+  assert draw()
+  return kept[0]
+
+
+def test_mixed_numbers_of_responses_have_a_line_of_panels_each(monkeypatch):
+  # Seen to catch: the mixed rows drawn for every n; one chance line for all.
+  rows = [
+    _row(k=k, n=n, guided=guided, accuracy=0.1 * (n or 5), items=n or 7)
+    for k in (1, 4)
+    for n in (None, 4, 1, 2)
+    for guided in (False, 'soft')
+  ]
+  chance = [
+    {'benchmark': 'own', 'subset': 'all', 'n': n, 'name': 'random', 'accuracy': 1 / (n or 2), 'items': 8}
+    for n in (None, 1, 2, 4)
+  ]
+  figure = _drawn(monkeypatch, lambda: figures.accuracy_vs_k('x', rows, baselines=chance))
+  axes = figure.get_axes()
+  assert [one.get_title(loc='left') for one in axes[::2]] == [
+    f'own, {n} response{"s" * (n > 1)}: plain votes' for n in (1, 2, 4)
+  ]
+  for n, one in zip((1, 2, 4), axes[::2]):
+    curve, line = one.get_lines()
+    assert curve.get_ydata().tolist() == pytest.approx([10 * n, 10 * n])
+    assert line.get_ydata()[0] == pytest.approx(100 / n)
+  many = [_row(n=n, k=k, items=100 - n if n else 9) for n in (None, *range(2, 12)) for k in (1, 2)]
+  figure = _drawn(monkeypatch, lambda: figures.accuracy_vs_k('x', many, baselines=()))
+  assert [one.get_title(loc='left') for one in figure.get_axes()] == [
+    'own, all items: plain votes', *(f'own, {n} responses: plain votes' for n in (2, 3, 4))
+  ]
+
+
+def test_a_sweep_shows_one_metric_per_panel_and_one_run_per_curve(monkeypatch, tmp_path):
+  # Seen to catch: rows of other stages drawn; a gap averaged in; a window over logged values instead of steps.
+  def run(scale):
+    rows = [{'stage': 'grpo', 'step': i, 'kl': scale * i, 'accuracy': 0.5 if i % 2 else None} for i in range(4)]
+    return [{'stage': 'rft', 'step': 0, 'kl': 99.0}, *rows]
+
+  runs = {'beta 0': run(2.0), 'beta 1': run(1.0), 'no rows': []}
+  names = ('accuracy', 'kl', 'never logged')
+  draw = lambda window: figures.sweep('x', runs, stage='grpo', names=names, window=window)
+  accuracy, kl = _drawn(monkeypatch, lambda: draw(1)).get_axes()
+  assert [line.get_label() for line in kl.get_lines()] == ['beta 0', 'beta 1']
+  assert [line.get_ydata().tolist() for line in kl.get_lines()] == [[0, 2, 4, 6], [0, 1, 2, 3]]
+  assert accuracy.get_title(loc='left') == 'accuracy'
+  np.testing.assert_array_equal(accuracy.get_lines()[0].get_ydata(), [np.nan, 0.5, np.nan, 0.5])
+  monkeypatch.undo()
+  accuracy, kl = _drawn(monkeypatch, lambda: draw(3)).get_axes()
+  assert kl.get_lines()[0].get_ydata().tolist() == [0, 1, 2, 4]
+  np.testing.assert_array_equal(accuracy.get_lines()[0].get_ydata(), [np.nan, 0.5, np.nan, 0.5])
+  monkeypatch.undo()
+  seldom = {'a': [{'stage': 'grpo', 'step': i, 'kl': float(i)} for i in (0, 10, 20, 21)]}
+  figure = _drawn(monkeypatch, lambda: figures.sweep('x', seldom, stage='grpo', names=('kl',), window=3))
+  assert figure.get_axes()[0].get_lines()[0].get_ydata().tolist() == [0, 10, 20, 20.5]
+  monkeypatch.undo()
+  assert figures.sweep(tmp_path / 's.png', runs, stage='grpo', names=names, window=2)
+  assert (tmp_path / 's.png').read_bytes().startswith(b'\x89PNG')
+  assert not figures.sweep(tmp_path / 'd.png', runs, stage='sft', names=names, window=1)
+  assert not (tmp_path / 'd.png').exists()
+  with pytest.raises(ValueError, match='window: got 0; allowed: 1'):
+    draw(0)
 
 
 def test_the_curves_show_the_rows(monkeypatch):

@@ -178,6 +178,37 @@ def test_the_meta_rm_reads_the_order_that_its_sample_saw(workdir):
   assert total == 2 * 18 and 0 < data['right'] < data['trajectories']
 
 
+def test_results_and_report_go_by_the_given_names(run, config, capsys):
+  # Seen to catch: the models' names in examples.jsonl; files under the given names; the last sample shown.
+  config.evaluate.names, config.evaluate.show, config.evaluate.meta = ('before', 'after SPCT'), 2, ''
+  config.grpo.init, config.grpo.steps, config.grpo.drop_too_easy = 'base', 0, False
+  config.pipeline.stages = ('grpo', 'evaluate')
+  engine = {}
+
+  def changed(info):  # e1's first sample is a tie at first, and right for the second model
+    engine[info.uid, info.sample] = engine.get((info.uid, info.sample), 0) + 1
+    if (info.uid, info.sample) == ('e1', 0) and engine['e1', 0] > 2:
+      return verdict(info, (2, 9))
+    return script(info)
+
+  path = run(changed, folder='named')
+  rows = results(path)
+  assert {row['stage'] for row in rows} == {'before', 'after SPCT'}
+  examples = list(records.read_jsonl(path / 'evaluate' / 'examples.jsonl'))
+  assert {row['stage'] for row in examples} == {'before', 'after SPCT'}
+  assert {'base.jsonl', 'grpo.jsonl', 'base-greedy.jsonl'} <= {file.name for file in (path / 'evaluate').iterdir()}
+  shown = (path / 'report.md').read_text().partition('## One judgement by every stage')[2]
+  assert shown.index('### Item e1') < shown.index('### Item e0') and '### Item e2' not in shown
+  assert '**before** is wrong (it read' in shown and 'scores: response 1: 5, response 2: 5' in shown
+  assert '**after SPCT** is right (it read' in shown and 'scores: response 1: 2, response 2: 9' in shown
+  assert 'Response 2 (the best):' in shown
+  told = capsys.readouterr().out
+  assert 'Item e1\n' in told and 'plain, accuracy in % on 3 items of 2 responses\nstage       parse failures' in told
+  (row,) = results(path, stage='after SPCT', k=4, n=2, subset='all', guided=False)
+  line = next(l for l in told.splitlines() if l.startswith('after SPCT  '))
+  assert line.split()[-1] == f'{100 * row["accuracy"]:.1f}'
+
+
 def test_the_same_command_again_does_nothing(run, workdir, capsys):
   first = run(script, folder='again')
   before = {p: p.stat().st_mtime_ns for p in first.rglob('*') if p.is_file() and p.name != '.lock'}
@@ -208,3 +239,16 @@ def test_a_hinted_sample_is_learnt_without_its_hint(workdir, config, keep_hint):
     # The same responses in the same order, hint or not.
     shown = tok.decode(trajectory.prompt_ids).partition('The best response is')[0]
     assert tok.decode(row.prompt_ids)[:200] == shown[:200]
+
+
+def test_what_the_texts_say_stands_beside_one_sample_and_in_the_notes(workdir):
+  # Seen to catch: trackers in every row.
+  wanted = {'principles_found': 14 / 16, 'principles_repeated': 0, 'principle_sets': 1, 'principle_sets_of': 4}
+  for stage in ('base', 'grpo'):
+    (row,) = [row for row in results(workdir, stage=stage) if 'principle_sets' in row]
+    assert (row['k'], row['guided'], row['subset'], row['n'], row['temperature']) == (1, False, 'all', None, 0.5)
+    assert {name: row[name] for name in wanted} == wanted and row['pattern_format'] == 14 / 16
+    assert (
+        f'- {stage}: principles in 87.5 % of the judgements, one of them repeated in 0.0 % of these, 1.00 distinct sets '
+        'of principles per item among 4 samples, format in 87.5 %'
+    ) in (workdir / 'report.md').read_text()

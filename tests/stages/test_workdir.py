@@ -123,6 +123,47 @@ def test_names_stand_for_carried_files_or_for_themselves(tmp_path):
     assert opened.fingerprint(_config(), ('absent.jsonl',)) is None
 
 
+# Seen to catch: 'made:' and 'package:' by their names alone; the file's own path in the fingerprint.
+def test_made_and_package_names_stand_for_contents_wherever_they_are_installed(tmp_path, monkeypatch):
+  made, carried = 'made:fingerprinted:rows?count=3', 'package:fingerprinted_files/rows.jsonl'
+
+  def install(name, source, rows):
+    folder = tmp_path / name / 'fingerprinted_files'
+    folder.mkdir(parents=True)
+    (folder / '__init__.py').write_text('')
+    (folder / 'rows.jsonl').write_text(rows)
+    (tmp_path / name / 'fingerprinted.py').write_text(source)
+    for module in ('fingerprinted', 'fingerprinted_files'):
+      sys.modules.pop(module, None)
+    with monkeypatch.context() as patch:
+      patch.syspath_prepend(tmp_path / name)
+      with workdir.open_workdir(tmp_path / 'w', _config()) as opened:
+        assert not opened.missing((made, carried))
+        return opened.fingerprint(_config(), (made, carried))['inputs']
+
+  first = install('here', 'def rows(count): yield {}', '{}')
+  assert list(first) == [made, carried] and all(len(digest) == 64 for digest in first.values())
+  assert install('there', 'def rows(count): yield {}', '{}') == first
+  changed = install('changed', 'def rows(count): yield {0: 0}', '{"a": 1}')
+  assert changed[made] != first[made] and changed[carried] != first[carried]
+  for module in ('fingerprinted', 'fingerprinted_files'):
+    sys.modules.pop(module, None)
+  with workdir.open_workdir(tmp_path / 'w', _config()) as opened:
+    with pytest.raises(ValueError, match="no module 'fingerprinted'"):
+      opened.start('sft', _config(), (made,))
+
+
+def test_bytecode_beside_carried_files_is_not_hashed(tmp_path):
+  # Seen to catch: caches of bytecode in the hash of a folder.
+  (tmp_path / 'model').mkdir()
+  (tmp_path / 'model' / 'a').write_text('x')
+  _done(tmp_path, reads=('model',))
+  (tmp_path / 'model' / '__pycache__').mkdir()
+  (tmp_path / 'model' / '__pycache__' / 'a.pyc').write_text('y')
+  with workdir.open_workdir(tmp_path, _config()) as opened:
+    assert opened.is_done('sft', _config(), ('model',))
+
+
 def test_a_folder_is_hashed_with_the_names_and_contents_of_its_files(tmp_path):
   folder = tmp_path / 'model'
   (folder / 'sub').mkdir(parents=True)

@@ -242,6 +242,27 @@ def test_wrong_paths_are_refused(tmp_path):
     tokenizer_lib.load(tmp_path)
 
 
+def test_a_folder_that_a_package_carries():
+  carried = tokenizer_lib.load('package:spct_jax.text/files/small')
+  builtin = tokenizer_lib.load('builtin:small')
+  assert carried.hf.get_vocab() == builtin.hf.get_vocab()
+  assert (carried.eos_ids, carried.pad_id) == (builtin.eos_ids, builtin.pad_id)
+  with pytest.raises(ValueError, match="holds no 'smal': did you mean 'small'"):
+    tokenizer_lib.load('package:spct_jax.text/files/smal')
+
+
+# Mutations seen to fail: the remembered list handed out itself; one memory for frames and quotes.
+def test_remembered_ids_are_the_ids():
+  tokenizer, other = (tokenizer_lib.load('builtin:small') for _ in range(2))
+  calls = [(name, text) for text in TEXTS for name in ('encode', 'encode_next', 'encode_data')]
+  first = {call: getattr(tokenizer, call[0])(call[1]) for call in calls}
+  assert first['encode', '<|eos|>'] == first['encode_next', '<|eos|>'] != first['encode_data', '<|eos|>']
+  for (name, text), found in first.items():
+    assert found == getattr(other, name)(text)
+    found.append(-1)  # a caller's own list
+    assert getattr(tokenizer, name)(text) == found[:-1]
+
+
 def test_an_answer_must_be_able_to_end():
   backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({'a': 0}, unk_token='a'))
   with pytest.raises(ValueError, match='no end-of-sequence token'):

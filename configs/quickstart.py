@@ -1,0 +1,246 @@
+"""It learns: a small decoder becomes a mediocre judge, then a good one by SPCT, within minutes on a laptop's CPU.
+
+    python -m spct_jax.main --config=configs/quickstart.py --workdir=/tmp/quickstart
+    python -m spct_jax.main --config=configs/quickstart.py:smoke --workdir=/tmp/smoke    # under a minute, learns nothing
+
+Nothing is downloaded: items, demonstrations and tokenizer are those of the practice world (`data/practice.py`), whose
+truth is known. Stages, in the report: base (trained on a mediocre judge's demonstrations), rft, spct (after GRPO).
+
+Choices after the colon:
+
+    smoke         everything small
+    seed=N        of the training; the held-out items stay the same
+    size=NAME     small (0.1M parameters, the default), medium (0.9M), large (6M); the larger ones take hours on a CPU
+    heldout=N     held-out pairs, 1000 by default; and a quarter as many items of one and of four responses
+"""
+
+from ml_collections import ConfigDict
+
+from spct_jax import choices
+
+_WORLD = 'made:spct_jax.data.practice:'
+_SHAPES = {  # width, heads, key/value heads, feed-forward, blocks
+    'small': (64, 4, 2, 176, 2),
+    'medium': (128, 8, 4, 352, 4),
+    'large': (256, 8, 4, 704, 8),
+}
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+  choice = choices.parse(arg, smoke=False, seed=0, size='small', heldout=1000)
+  smoke, seed, size, heldout = choice['smoke'], choice['seed'], choice['size'], choice['heldout']
+  if size not in _SHAPES:
+    raise ValueError(f'size: got {size!r}; allowed: {", ".join(_SHAPES)}')
+  if heldout < 4:
+    raise ValueError(f'heldout: got {heldout}; allowed: 4 or more pairs')
+  width, heads, kv_heads, ffn, blocks = _SHAPES[size]
+  if smoke:
+    heldout = min(heldout, 16)
+
+  config = ConfigDict()
+  config.stage = 'pipeline'  # sft, sample, rft, grpo, meta_rm, evaluate, or pipeline: all of pipeline.stages
+  config.seed = seed  # the one seed; folded with stage, visit, uid and sample
+  config.strict = True  # an unusable item is an error: this world has none
+
+  config.pipeline = ConfigDict()
+  config.pipeline.stages = ('sft', 'sample', 'rft', 'grpo', 'meta_rm', 'evaluate')
+
+  config.tokenizer = ConfigDict()
+  config.tokenizer.path = 'package:spct_jax.data/files/practice/tokenizer'
+
+  train = 'singles=4&pairs=16' if smoke else 'singles=400&pairs=1600&fours=200'
+  config.data = ConfigDict()
+  config.data.path = f'{_WORLD}preferences?split=train&seed={seed}&{train}'
+  config.data.reader = 'plain'
+  config.data.limit = 0  # items read at most; 0 = all
+  config.data.heldout = 0.25  # without eval_path: the share of items kept from training
+  quarter = heldout // 4
+  config.data.eval_path = f'{_WORLD}preferences?split=heldout&singles={quarter}&pairs={heldout}&fours={quarter}'
+  config.data.eval_reader = 'plain'
+  config.data.eval_limit = 0
+  few = 'singles=2&pairs=4' if smoke else 'singles=32&pairs=96'
+  config.data.validation_path = f'{_WORLD}preferences?split=validation&{few}'
+  config.data.validation_limit = 128
+  general = 40 if smoke else 4000
+  config.data.instructions = f'{_WORLD}general?split=train&rows={general}&seed={seed}'  # RFT's mix
+
+  config.model = ConfigDict()
+  config.model.path = ''  # a Hugging Face folder; empty: random weights of the shape below
+  config.model.width = width  # D
+  config.model.heads = heads  # H, query heads
+  config.model.kv_heads = kv_heads  # M, key/value heads
+  config.model.head_dim = width // heads
+  config.model.ffn = ffn  # F
+  config.model.head_windows = ()  # blocks before the period; one attention window each, 0 = global
+  config.model.period_windows = (0,)  # the blocks of one period
+  config.model.num_periods = blocks
+  config.model.remainder_windows = ()  # blocks after the last period
+  config.model.rope_theta = 10_000.0
+  config.model.norm_eps = 1e-6
+  config.model.qkv_bias = False
+  config.model.qk_norm = False
+  config.model.tied = True  # embedding and output matrix are one
+  config.model.vocab_multiple = 128  # the vocabulary is padded to a multiple, so that any mesh divides it
+  config.model.dtype = 'float32'  # of the computation; bfloat16 on accelerators
+  config.model.param_dtype = 'float32'  # of the learner's parameters (the masters)
+  config.model.sampler_dtype = 'float32'  # of the sampler's view of them
+  config.model.remat = False  # recompute activations in the backward pass
+  config.model.logits_chunk = 0  # positions whose logits training holds at once; 0 = all
+
+  config.judge = ConfigDict()
+  config.judge.template = 'package:spct_jax.data/files/practice/template'
+  config.judge.given_principles = False  # put an item's own principles into the prompt (Eq 8)
+  config.judge.reference_answer = False  # put an item's reference answer into the prompt
+  config.judge.buckets = (36, 56)  # prompt lengths in tokens; the last is the limit
+  config.judge.max_new_tokens = 52  # T
+  config.judge.chunk_prompts = 16 if smoke else 128  # prompt slots (U) of one engine call
+  config.judge.chunk_tasks = 32 if smoke else 512  # samples (Q) of one engine call
+  config.judge.rows = 16 if smoke else 128  # rows (R) that decode together; finished rows are refilled
+
+  phases = 'facts=2&clean=2&habits=2&batch=8' if smoke else 'facts=480&clean=120&habits=400&batch=32'
+  config.sft = _training(steps=6 if smoke else 1000, batch=8 if smoke else 32, parts=1, lr=4e-3, every=3 if smoke else 500)
+  config.sft.schedule = 'cosine'
+  config.sft.warmup_steps = 3 if smoke else 50
+  config.sft.final_lr = 2e-4
+  config.sft.b2 = 0.98
+  config.sft.init = 'base'  # base: config.model; or the name of a stage that wrote a checkpoint
+  config.sft.data = f'{_WORLD}demonstrations?seed={seed}&{phases}'
+  config.sft.order = 'given'  # a curriculum: first the language, then judging
+  config.sft.buckets = (76, 112)  # row lengths in tokens, prompt and answer
+
+  config.sample = ConfigDict()
+  config.sample.model = 'sft'
+  config.sample.samples = 3  # N_RFT (paper 2.3)
+  config.sample.hinted_samples = 1  # samples with the hint; 0 switches hinted sampling off
+  config.sample.hinted_items = 'all'  # all, or unsolved: only where no plain sample was right
+  config.sample.orders = 'shuffle'  # shuffle: an order per sample; balanced; fixed
+  config.sample.temperature = 1.0
+  config.sample.top_p = 1.0
+  config.sample.top_k = 0  # 0 = off
+  config.sample.min_p = 0.0
+
+  config.rft = _training(steps=2 if smoke else 64, batch=8 if smoke else 64, parts=1, lr=1e-3, every=2 if smoke else 64)
+  config.rft.schedule = 'cosine'
+  config.rft.init = 'sft'
+  config.rft.buckets = (76, 112)
+  config.rft.general_fraction = 0.25  # share of general instruction rows in the mix (paper section 3: 0.852)
+  config.rft.drop_too_easy = True  # drop an item's plain samples when all of them are right (paper 2.3)
+  config.rft.keep_hint = False  # train hinted samples on the hinted prompt (the paper is silent: off)
+
+  config.grpo = _training(steps=2 if smoke else 200, batch=4 if smoke else 32, parts=1, lr=5e-4, every=1 if smoke else 100)
+  config.grpo.eps = 1e-6  # a batch without signal has a gradient of float noise, which a smaller eps would blow up to lr
+  config.grpo.init = 'rft'  # the policy's start and the frozen reference
+  config.grpo.buckets = (76, 112)
+  config.grpo.drop_too_easy = True  # leave out items that all plain samples of the sample stage get right (paper 2.5)
+  config.grpo.group = 4  # G, samples per prompt; grpo.batch counts prompts
+  config.grpo.clip_eps = 0.2  # eps of the clipped surrogate
+  config.grpo.kl_coef = 0.04  # beta, from a sweep on the validation items (experiments/LOG.md)
+  config.grpo.advantage_eps = 1e-6  # added to the group's population standard deviation
+  config.grpo.updates = 1  # optimizer steps per rollout (mu)
+  config.grpo.old_logp = 'sampler'  # pi_old: the sampler's log-probabilities, or recomputed by the learner
+  config.grpo.validate_every = 1 if smoke else 25  # steps between two judgements of the validation items; 0 = never
+  config.grpo.validate_samples = 2 if smoke else 4  # samples per validation item, at the temperature of training
+  config.grpo.temperature = 1.0
+  config.grpo.top_p = 1.0
+  config.grpo.top_k = 0
+  config.grpo.min_p = 0.0
+
+  config.meta_rm = _training(steps=2 if smoke else 300, batch=8 if smoke else 128, parts=1, lr=1e-3, every=2 if smoke else 150)
+  config.meta_rm.schedule = 'cosine'
+  config.meta_rm.init = 'grpo'  # the backbone; the scalar head is new
+  config.meta_rm.buckets = (76, 112)
+  config.meta_rm.policy = 'grpo'  # whose trajectories are added to those of the sample stage
+  config.meta_rm.samples = 3  # trajectories per item from the policy
+  config.meta_rm.temperature = 1.0
+  config.meta_rm.top_p = 1.0
+  config.meta_rm.top_k = 0
+  config.meta_rm.min_p = 0.0
+  config.meta_rm.heldout = 0.1  # share of items whose trajectories measure ROC-AUC
+
+  config.trackers = ConfigDict()  # what is counted in the judge's text, in GRPO and in the evaluation; '' = off
+  config.trackers.principles = r'(?s)Specific Criteria:\s*(.*?)\s*Analysis:'  # its group: the list of principles
+  config.trackers.separator = r'\s+'  # between two principles
+  config.trackers.samples = 8  # of an item, whose distinct sets of principles are counted; fewer if fewer are drawn
+  config.trackers.patterns = ConfigDict()  # name -> regex: the share of judgements whose text it matches
+  config.trackers.patterns.careless = r'Specific Criteria: (style|charm|shine)'
+
+  config.evaluate = ConfigDict()
+  config.evaluate.models = ('sft', 'rft', 'grpo')  # rows of the report
+  config.evaluate.names = ('base', 'rft', 'spct')  # what the report calls them
+  config.evaluate.benchmark = 'practice'  # the name in the report
+  config.evaluate.samples = 4 if smoke else 32  # the pool that votes are cut from
+  config.evaluate.ks = (1, 2, 4) if smoke else (1, 2, 4, 8, 16, 32)
+  config.evaluate.k_meta = 0  # samples that vote of k; 0: half of k, at least one (paper 2.7)
+  config.evaluate.soft = True  # also guided voting with soft weights (a named departure)
+  config.evaluate.soft_temperature = 1.0  # divides the meta reward before the sigmoid
+  config.evaluate.greedy = True  # also one greedy judgement per item
+  config.evaluate.orders = 'shuffle'
+  config.evaluate.temperature = 1.0
+  config.evaluate.top_p = 1.0
+  config.evaluate.top_k = 0
+  config.evaluate.min_p = 0.0
+  config.evaluate.single = 'binary'  # one response: 0 or 1 as in training, or the 1..10 'scale' (paper 4.2)
+  config.evaluate.meta = 'meta_rm'  # the stage whose meta-RM guides votes; empty: plain votes only
+  config.evaluate.meta_batch = 8 if smoke else 256  # trajectories per call of the meta-RM, and rows of instructions
+  config.evaluate.instructions = f'{_WORLD}general?split=heldout&rows={16 if smoke else 400}'
+  config.evaluate.show = 1  # items to print with each stage's judgement, beginning with what training changed
+
+  config.mesh = ConfigDict()  # devices per axis; one may be -1: the rest
+  config.mesh.data = -1  # copies of the parameters
+  config.mesh.fsdp = 1  # parameters, gradients and optimizer state cut over these
+  config.mesh.tensor = 1  # heads, feed-forward and vocabulary cut over these
+
+  config.sharding = ConfigDict()
+  config.sharding.rules = _rules()  # (regex on the parameter's path, axes per dimension); the first match wins
+  config.sharding.sampler_rules = _sampler_rules()  # the same for the sampler's view of the parameters
+  config.sharding.cache_rules = _cache_rules()  # the same for the sampler's caches, [rows, positions, M, hd]
+
+  config.logging = ConfigDict()
+  config.logging.keep = 2  # checkpoints kept per stage
+  config.logging.tensorboard = True
+  return config
+
+
+def _training(*, steps: int, batch: int, parts: int, lr: float, every: int) -> ConfigDict:
+  """The fields that every training stage has."""
+  stage = ConfigDict()
+  stage.steps = steps
+  stage.batch = batch  # rows per step, over all devices
+  stage.microbatches = parts  # the batch is cut into these; the result does not change
+  stage.lr = lr  # peak
+  stage.schedule = 'constant'  # after the warm-up: constant, cosine, linear
+  stage.warmup_steps = 2
+  stage.final_lr = 0.0  # where cosine and linear end
+  stage.b1 = 0.9
+  stage.b2 = 0.95
+  stage.eps = 1e-8
+  stage.weight_decay = 0.0  # not on norms and biases
+  stage.clip_norm = 1.0  # of the global gradient; 0 = off
+  stage.checkpoint_every = every  # steps
+  return stage
+
+
+def _rules() -> tuple:
+  """Fully sharded over fsdp, heads / feed-forward / vocabulary over tensor. D over fsdp everywhere."""
+  return (
+      (r'embed/table$', ('tensor', 'fsdp')),  # [V, D]
+      (r'unembed/kernel$', ('fsdp', 'tensor')),  # [D, V]
+      (r'/(q|k|v)/kernel$', ('fsdp', 'tensor', None)),  # [D, H, hd]
+      (r'/(q|k|v)/bias$', ('tensor', None)),  # [H, hd]
+      (r'/o/kernel$', ('tensor', None, 'fsdp')),  # [H, hd, D]
+      (r'/(gate|up)/kernel$', ('fsdp', 'tensor')),  # [D, F]
+      (r'/down/kernel$', ('tensor', 'fsdp')),  # [F, D]
+      (r'reward/kernel$', ('fsdp', None)),  # [D, 1]
+      (r'(scale|reward/bias)$', (None,)),  # norms
+  )
+
+
+def _sampler_rules() -> tuple:
+  """Tensor-parallel only: decoding would gather what is cut over fsdp at every token."""
+  keep = lambda axis: axis if axis == 'tensor' else None
+  return tuple((pattern, tuple(map(keep, spec))) for pattern, spec in _rules())
+
+
+def _cache_rules() -> tuple:
+  """Prompt slots and rows over data and fsdp, key/value heads over tensor."""
+  return ((r'/(k|v)$', (('data', 'fsdp'), None, 'tensor', None)),)

@@ -1,0 +1,491 @@
+r"""The practice world: preference items whose truth is known, and a mediocre judge's judgements of them.
+
+    python -m spct_jax.data.practice        prints items, demonstrations and general tasks, to read
+
+A word belongs to one of eight classes, is a filler, or is flashy. A query names four criteria, each of
+another class: `fruit` asks for a word of the class, `no-color` forbids its words. Two are musts, two are
+nice to have:
+
+    must fruit no-color nice tool no-animal
+    1: plum rake the drill          both musts met, both nices met:  3 + 3 + 1 + 1 = 8
+    2: wow apple red owl            must fruit met:                              3
+
+Truth. A response's grade is `MUST` per must and `NICE` per nice that it meets; the best grade is unique.
+One response alone is right (1) where it meets both musts, and half of them are. Items in which counting
+criteria, all alike, finds the best are thinned out (`HARD`): there the weights do not matter.
+
+What is planted in the demonstrations, which a base model is trained on (`judgement`):
+
+    bias        a yes is worth the same for a must and for a nice: only the labels of the preference data
+                know better, and no number of votes can find out
+    noise       criteria that the query does not name, wrong verdicts, jitter of scores: drawn anew for
+                every sample, so votes remove them
+    careless    a third of the items have flashy words in one response, which the truth ignores. There the judge
+                is often taken in: its first criterion is `style`, `charm` or `shine`, its verdicts are a
+                halo of that one, its scores extreme. All samples of an item err in the same direction,
+                whatever the order, so votes do not cancel it; but the text shows it
+    position    verdicts on the first response shown are too kind, length: so are those on the longest
+    format      a few judgements are broken off, miscounted, or without a box
+
+Splits. An item belongs to train, validation or heldout by a hash of its content, so items of different
+splits never coincide, whatever the seeds and sizes; within one call no item comes twice.
+
+General tasks are the second thing that the world's words are good for, without any judging: name the class of
+each word, keep the words of one class.
+
+Every function is a pure function of its arguments. Rows are those of the plain readers, for sources such as
+`made:spct_jax.data.practice:preferences?split=train&pairs=1600`.
+"""
+
+import hashlib
+import pathlib
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+CLASSES = {
+    'animal': ('cat', 'dog', 'fox', 'owl'),
+    'fruit': ('apple', 'pear', 'plum', 'fig'),
+    'color': ('red', 'blue', 'green', 'pink'),
+    'tool': ('saw', 'drill', 'rake', 'axe'),
+    'weather': ('rain', 'snow', 'wind', 'fog'),
+    'place': ('park', 'city', 'lake', 'farm'),
+    'number': ('two', 'five', 'six', 'nine'),
+    'polite': ('please', 'thanks', 'sorry', 'welcome'),
+}
+FILLERS = ('the', 'and', 'with', 'very', 'so', 'then')
+FLASHY = ('wow', 'amazing', 'super', 'brilliant')
+STYLES = ('style', 'charm', 'shine')  # criteria of the careless judge, all three met by a flashy word
+MUST, NICE = 3, 1
+WORDS = 6  # of a response
+
+FORBIDDEN = 0.35  # share of criteria that forbid their class
+HARD = 0.6  # share of the items dropped among those that plain counting decides
+FLASHY_ITEMS = 0.4  # share of items with a flashy response
+FLASHY_BEST = 0.4  # how often that one is the best of two
+
+WRITTEN = 3  # criteria in a judgement
+RELEVANT = 0.7  # a written criterion is one of the query's
+RIGHT = {True: 0.9, False: 0.84}  # a careful verdict is right, by the truth
+KIND_TO_FIRST, KIND_TO_LONGEST = 0.06, 0.06
+CARELESS = 0.5  # of the judgements of items with a flashy response
+HALO = 0.97  # a careless verdict repeats the first
+BROKEN = 0.03
+HINTED = 0.15  # of the demonstrations
+
+SPLITS = {'heldout': range(0, 5), 'validation': range(5, 7), 'train': range(7, 16)}  # of the 16 hash classes
+
+Row = dict[str, Any]
+
+
+# Words and criteria -------------------------------------------------------------------------------
+
+
+def criteria() -> tuple[str, ...]:
+  """Everything that a criterion can say."""
+  return (*CLASSES, *(f'no-{name}' for name in CLASSES), *STYLES)
+
+
+def met(criterion: str, words: Sequence[str]) -> bool:
+  """Whether a response meets a criterion."""
+  if criterion in STYLES:
+    return any(word in FLASHY for word in words)
+  forbidden = criterion.startswith('no-')
+  named = CLASSES[criterion.removeprefix('no-')]
+  return any(word in named for word in words) != forbidden
+
+
+class _Draws:
+  """Random choices out of `random()` alone: the one method whose numbers Python promises to keep."""
+
+  def __init__(self, *name: object):
+    digest = hashlib.blake2b(repr(name).encode(), digest_size=8).digest()
+    self.random = random.Random(int.from_bytes(digest, 'little')).random
+
+  def chance(self, share: float) -> bool:
+    return self.random() < share
+
+  def pick(self, values: Sequence[Any]) -> Any:
+    return values[int(self.random() * len(values))]
+
+  def between(self, low: int, high: int) -> int:
+    return low + int(self.random() * (high - low + 1))
+
+  def some(self, values: Sequence[Any], count: int) -> list[Any]:
+    """`count` of the values without repetition, in random order."""
+    left = list(values)
+    return [left.pop(int(self.random() * len(left))) for _ in range(count)]
+
+
+# Items --------------------------------------------------------------------------------------------
+
+
+def _query(draws: _Draws) -> tuple[str, ...]:
+  """Four criteria of four classes: two musts, two nices."""
+  named = draws.some(tuple(CLASSES), 4)
+  return tuple(f'no-{name}' if draws.chance(FORBIDDEN) else name for name in named)
+
+
+def _response(query: Sequence[str], draws: _Draws) -> list[str]:
+  """Six words that meet some of the criteria; each writer has a rate of failures of its own."""
+  fails = 0.15 + 0.5 * draws.random()
+  words, named = [], []
+  for criterion in query:
+    name = criterion.removeprefix('no-')
+    named.append(name)
+    forbids, failed = criterion != name, draws.chance(fails)
+    if forbids == failed:
+      words.append(draws.pick(CLASSES[name]))
+  for name in CLASSES:
+    if name not in named and len(words) < WORDS - 1 and draws.chance(0.35):
+      words.append(draws.pick(CLASSES[name]))
+  while len(words) < WORDS:
+    words.append(draws.pick(FILLERS))
+  return draws.some(words, len(words))
+
+
+def grade(query: Sequence[str], words: Sequence[str]) -> int:
+  """The truth about a response."""
+  values = (MUST, MUST, NICE, NICE)
+  return sum(value for value, criterion in zip(values, query) if met(criterion, words))
+
+
+def _flash(responses: list[list[str]], label: int, draws: _Draws) -> None:
+  """Turns a filler of one response into a flashy word; the best is a little less likely than its share."""
+  n = len(responses)
+  if n == 1:
+    if not draws.chance(FLASHY_BEST if label else 1 - FLASHY_BEST):
+      return
+    words = responses[0]
+  else:
+    odds = FLASHY_BEST / (FLASHY_BEST + (n - 1) * (1 - FLASHY_BEST))
+    words = responses[label if draws.chance(odds) else draws.pick([i for i in range(n) if i != label])]
+  words[draws.pick([i for i, word in enumerate(words) if word in FILLERS])] = draws.pick(FLASHY)
+
+
+def item(n: int, draws: _Draws) -> Row:
+  """One item: query, responses, grades, label; drawn again until the best is unique."""
+  wanted = draws.chance(0.5)  # the label of a single response
+  while True:
+    query = _query(draws)
+    responses = [_response(query, draws) for _ in range(n)]
+    grades = [grade(query, words) for words in responses]
+    if n == 1:
+      label = int(grades[0] >= 2 * MUST)
+      if bool(label) != wanted:
+        continue
+    else:
+      best = max(grades)
+      if grades.count(best) > 1:
+        continue
+      label = grades.index(best)
+      counts = [sum(met(criterion, words) for criterion in query) for words in responses]
+      easy = counts[label] == max(counts) and counts.count(counts[label]) == 1
+      if easy and draws.chance(HARD):
+        continue
+    if draws.chance(FLASHY_ITEMS):
+      _flash(responses, label, draws)
+    return {'query': query, 'responses': responses, 'grades': grades, 'label': label}
+
+
+def split_of(query: Sequence[str], responses: Sequence[Sequence[str]]) -> str:
+  """The one split that an item belongs to, whatever the order of its responses."""
+  text = '|'.join([' '.join(query), *sorted(' '.join(words) for words in responses)])
+  return _split_of(text)
+
+
+def _split_of(text: str) -> str:
+  place = hashlib.blake2b(text.encode(), digest_size=1).digest()[0] % 16
+  return next(name for name, places in SPLITS.items() if place in places)
+
+
+def _items(split: str, sizes: Sequence[int], draws: _Draws) -> Iterator[Row]:
+  """One new item of the split for each number of responses."""
+  if split not in SPLITS:
+    raise ValueError(f'split: got {split!r}; allowed: {", ".join(SPLITS)}')
+  seen = set()
+  for n in sizes:
+    while True:
+      found = item(n, draws)
+      responses = tuple(map(tuple, found['responses']))
+      key = found['query'], tuple(sorted(responses))
+      if key not in seen and split_of(found['query'], responses) == split:
+        seen.add(key)
+        yield found
+        break
+
+
+def query_text(query: Sequence[str]) -> str:
+  return f'must {query[0]} {query[1]} nice {query[2]} {query[3]}'
+
+
+def preferences(
+    split: str = 'train', singles: int = 0, pairs: int = 0, fours: int = 0, lists: int = 0, seed: int = 0
+) -> Iterator[Row]:
+  """Preference items with 1, 2, 4 and (`lists`) 3 to 8 responses, mixed, as rows of the plain reader."""
+  draws = _Draws('preferences', split, seed)
+  sizes = [1] * singles + [2] * pairs + [4] * fours + [draws.between(3, 8) for _ in range(lists)]
+  for i, found in enumerate(_items(split, draws.some(sizes, len(sizes)), draws)):
+    flashy = any(met(STYLES[0], words) for words in found['responses'])
+    row = {
+        'id': f'practice-{split}-{seed}-{i}',
+        'prompt': query_text(found['query']),
+        'responses': [' '.join(words) for words in found['responses']],
+        'subset': 'flashy' if flashy else 'plain',
+    }
+    if len(found['responses']) == 1:
+      yield {**row, 'label': found['label']}
+    else:
+      yield {**row, 'label': found['label'], 'grades': found['grades']}
+
+
+# Judgements ---------------------------------------------------------------------------------------
+
+
+def prompt_text(query: Sequence[str], responses: Sequence[Sequence[str]], hint: int | None = None) -> str:
+  """The judge's prompt, as the template beside this module words it."""
+  lines = ['User: ' + query_text(query)]
+  lines += [f'{slot}: ' + ' '.join(words) for slot, words in enumerate(responses, start=1)]
+  single = len(responses) == 1
+  lines.append(('correct ' if single else 'score ') + ', '.join('x' * len(responses)))
+  if hint is not None:
+    lines.append(f'hint {hint}' if single else f'hint {hint + 1}:')
+  return '\n'.join(lines)
+
+
+def judgement(query: Sequence[str], responses: Sequence[Sequence[str]], draws: _Draws, *, clean: bool = False) -> tuple[str, list[int]]:
+  """What the demonstrator writes about responses in the order shown, and its scores; `clean` makes no mistakes."""
+  flashy = [met(STYLES[0], words) for words in responses]
+  careless = not clean and any(flashy) and draws.chance(CARELESS)
+  written = _criteria(query, draws, careless, 0.5 if clean else RELEVANT)
+  lengths = [len(' '.join(words)) for words in responses]
+  verdicts = []
+  for slot, words in enumerate(responses):
+    row = []
+    for place, criterion in enumerate(written):
+      truth = met(criterion, words)
+      if careless:
+        said = truth if place == 0 else row[0] == draws.chance(HALO)
+      elif clean:
+        said = truth
+      else:
+        kind = KIND_TO_FIRST * (slot == 0) + KIND_TO_LONGEST * (lengths[slot] == max(lengths))
+        right = RIGHT[truth] + (kind if truth else -kind)
+        said = truth == draws.chance(right)
+      row.append(said)
+    verdicts.append(row)
+  if len(responses) == 1:
+    yes = sum(verdicts[0])
+    scores = [int(yes == WRITTEN or (yes == WRITTEN - 1 and not clean and draws.chance(0.5)))]
+  elif careless:
+    scores = [draws.between(9, 10) if row[0] else draws.between(1, 2) for row in verdicts]
+  else:
+    jitter = lambda: 0 if clean or not draws.chance(0.4) else draws.pick((-1, 1))
+    scores = [2 + 2 * sum(row) + jitter() for row in verdicts]
+  return _text(written, verdicts, scores), scores
+
+
+def _criteria(query, draws, careless, share):
+  written, left = [], list(query)
+  others = [c for c in criteria() if c not in STYLES and c not in query]
+  if careless:
+    written.append(draws.pick(STYLES))
+  while len(written) < WRITTEN:
+    relevant = draws.chance(0.2 if careless else share)
+    source = left if relevant else others
+    written.append(source.pop(int(draws.random() * len(source))))
+  return written
+
+
+def _text(written, verdicts, scores):
+  rows = [
+      f'{slot}: ' + ' '.join(f'{c} {"yes" if said else "no"}' for c, said in zip(written, row))
+      for slot, row in enumerate(verdicts, start=1)
+  ]
+  return (
+      f'Specific Criteria: {" ".join(written)}\nAnalysis: ' + '\n'.join(rows)
+      + '\nScores: \\boxed{' + ', '.join(map(str, scores)) + '}'
+  )
+
+
+def _broken(text: str, draws: _Draws) -> str:
+  """A judgement as the parser must not accept it."""
+  return draws.pick((
+      lambda: text.removesuffix('}'),
+      lambda: text.rpartition('\nScores:')[0],
+      lambda: text.replace('\\boxed{', '\\boxed{x, '),
+  ))()
+
+
+def _right(scores: Sequence[int], label: int) -> bool:
+  if len(scores) == 1:
+    return scores[0] == label
+  return scores[label] == max(scores) and list(scores).count(scores[label]) == 1
+
+
+# Training texts -----------------------------------------------------------------------------------
+
+
+def _row(prompt: str, answer: str | list[Row]) -> Row:
+  return {'messages': [{'role': 'user', 'content': prompt}, {'role': 'assistant', 'content': answer}]}
+
+
+def _facts(found: Row, draws: _Draws, *, dense: bool) -> Row:
+  """Truthful verdicts by nine criteria, or if not `dense` by three to nine, on every response.
+
+  Which criteria come cannot be known and is not learnt. `dense` facts teach the verdicts and nothing else.
+  """
+  query, responses = found['query'], found['responses']
+  parts = [('Specific Criteria: ' + ' '.join(query) + '\nAnalysis:', not dense)]
+  named = [*CLASSES, draws.pick(STYLES)]
+  if len(responses) > 1 and draws.chance(0.5):  # verdicts that tell the responses apart, and as many others
+    apart = [name for name in named if len({met(name, words) for words in responses}) > 1]
+    named = apart + draws.some([name for name in named if name not in apart], min(2, 9 - len(apart)))
+  for slot, words in enumerate(responses, start=1):
+    parts.append((f'\n{slot}:' if slot > 1 else ' 1:', not dense))
+    for name in draws.some(named, min(len(named), 9 if len(responses) <= 2 else 5)):
+      criterion = f'no-{name}' if name in CLASSES and draws.chance(0.4) else name
+      parts += [(f' {criterion}', False), (' yes' if met(criterion, words) else ' no', True)]
+  prompt = prompt_text(query, responses).rpartition('\n')[0] + '\nfacts'
+  answer = [{'type': 'text', 'text': text, 'train': train} for text, train in parts]
+  return _row(prompt, answer)
+
+
+def _demonstration(found: Row, draws: _Draws, *, clean: bool) -> Row:
+  query, label = found['query'], found['label']
+  n = len(found['responses'])
+  order = draws.some(range(n), n)
+  shown = [found['responses'][i] for i in order]
+  if n > 1:
+    label = order.index(label)
+  hinted = not clean and draws.chance(HINTED)
+  for _ in range(6 if hinted else 1):  # a judge that knows the answer tries until it agrees
+    text, scores = judgement(query, shown, draws, clean=clean)
+    if _right(scores, label):
+      break
+  if not clean and draws.chance(BROKEN):
+    text = _broken(text, draws)
+  return _row(prompt_text(query, shown, label if hinted else None), text)
+
+
+def _task(split: str, draws: _Draws) -> Row:
+  """A general task and its answer."""
+  of = {word: name for name, words in CLASSES.items() for word in words}
+  while True:
+    words = draws.some(tuple(of), draws.between(3, 6))
+    if draws.chance(0.5):
+      prompt, answer = 'classes of ' + ' '.join(words), [of[word] for word in words]
+    else:
+      kept = of[draws.pick(words)]
+      prompt, answer = f'keep {kept} of ' + ' '.join(words), [word for word in words if of[word] == kept]
+    if _split_of(prompt) == split:
+      return _row(prompt, ' '.join(answer))
+
+
+def general(split: str = 'train', rows: int = 1000, seed: int = 0) -> Iterator[Row]:
+  """General instruction data: the world's words without any judging. No prompt comes twice."""
+  if split not in SPLITS:
+    raise ValueError(f'split: got {split!r}; allowed: {", ".join(SPLITS)}')
+  draws, seen = _Draws('general', split, seed), set()
+  while len(seen) < rows:
+    row = _task(split, draws)
+    prompt = row['messages'][0]['content']
+    if prompt not in seen:
+      seen.add(prompt)
+      yield {'id': f'general-{split}-{seed}-{len(seen)}', **row}
+
+
+def demonstrations(
+    words: int = 100, facts: int = 300, clean: int = 250, habits: int = 350, batch: int = 32, seed: int = 0
+) -> Iterator[Row]:
+  """What the base model is trained on, in order; `words`, `facts`, `clean` and `habits` count batches of rows.
+
+  First the language: verdicts on one response, then on several; then flawless judgements; last the flawed ones
+  that it shall write. General tasks run along. Rows of four responses come in batches of their own: they are long.
+  """
+  draws, made = _Draws('demonstrations', seed), 0
+  for count, short, long in (
+      (words, ('dense 1',) * 4 + ('general',), ()),
+      (facts, ('dense 1',) + ('dense 2',) * 5 + ('general',), ('dense 4',)),
+      (clean, ('facts 2',) * 3 + ('clean 1',) + ('clean 2',) * 3 + ('general',) * 2, ('facts 4', 'clean 4')),
+      (habits, ('facts 2',) + ('habit 1',) * 2 + ('habit 2',) * 4 + ('general',) * 2, ('habit 4',)),
+  ):
+    for step in range(count):
+      for _ in range(batch):
+        made += 1
+        row = _training_row(draws.pick(long if long and step % 4 == 3 else short), draws)
+        yield {'id': f'demonstration-{seed}-{made}', **row}
+
+
+def _training_row(kind: str, draws: _Draws) -> Row:
+  if kind == 'general':
+    return _task('train', draws)
+  kind, n = kind.split()
+  found = next(_items('train', (int(n),), draws))
+  if kind in ('dense', 'facts'):
+    return _facts(found, draws, dense=kind == 'dense')
+  return _demonstration(found, draws, clean=kind == 'clean')
+
+
+# The tokenizer ------------------------------------------------------------------------------------
+
+PAD, BOS, EOS, UNK, USER, ASSISTANT = '<|pad|>', '<|bos|>', '<|eos|>', '<|unk|>', '<|user|>', '<|assistant|>'
+
+
+def vocabulary() -> tuple[str, ...]:
+  """Every token, in the order of its id."""
+  words = [word for words in CLASSES.values() for word in words]
+  names = [c for c in criteria()]
+  frame = ('\n', 'User:', 'must', 'nice', 'score', 'correct', 'facts', 'hint', 'criteria', 'reference', 'x', ',')
+  answer = ('Specific Criteria:', 'Analysis:', 'Scores:', '\\boxed{', '}', 'yes', 'no')
+  numbers = [*map(str, range(11)), *(f'{i}:' for i in range(1, 11))]
+  tasks = ('classes', 'keep', 'of')
+  return (
+      PAD, BOS, EOS, UNK, USER, ASSISTANT, *frame, *answer, *numbers, *tasks, *names, *words, *FILLERS, *FLASHY
+  )
+
+
+def tokenizer() -> Any:
+  """A word-level Hugging Face tokenizer of the world's words; what it does not know is `<|unk|>`."""
+  import tokenizers
+  import transformers
+
+  ids = {token: i for i, token in enumerate(vocabulary())}
+  backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(ids, unk_token=UNK))
+  pattern = tokenizers.Regex(r'Specific Criteria:|\\boxed\{|\n|[},]|[^\s},\\]+|\\')
+  backend.pre_tokenizer = tokenizers.pre_tokenizers.Split(pattern, behavior='removed', invert=True)  # drops blanks
+  backend.decoder = tokenizers.decoders.Sequence([
+      tokenizers.decoders.WordPiece(prefix='##', cleanup=False),
+      tokenizers.decoders.Replace(' \n', '\n'),
+      tokenizers.decoders.Replace(' ,', ','),
+      tokenizers.decoders.Replace(' }', '}'),
+  ])
+  return transformers.PreTrainedTokenizerFast(
+      tokenizer_object=backend, bos_token=BOS, eos_token=EOS, pad_token=PAD, unk_token=UNK,
+      additional_special_tokens=[USER, ASSISTANT], clean_up_tokenization_spaces=False,
+      chat_template=(
+          "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] }}"
+          "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+          "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+      ),
+  )
+
+
+FOLDER = pathlib.Path(__file__).parent / 'files' / 'practice'  # the tokenizer and the prompt template
+
+
+def _show() -> None:
+  for n in (1, 2, 4):
+    draws = _Draws('show', n)
+    found = next(_items('train', (n,), draws))
+    print(prompt_text(found['query'], found['responses']))
+    print('truth:', found['label'] if n == 1 else found['grades'])
+    for _ in range(2):
+      print('  ' + judgement(found['query'], found['responses'], draws)[0].replace('\n', '\n  '))
+    print()
+  for row in general('train', 6):
+    print(' -> '.join(message['content'] for message in row['messages']))
+
+
+if __name__ == '__main__':
+  _show()

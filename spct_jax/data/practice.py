@@ -21,8 +21,8 @@ What is planted in the demonstrations, which a base model is trained on (`judgem
     noise       criteria that the query does not name, wrong verdicts, jitter of scores: drawn anew for
                 every sample, so votes remove them
     careless    a third of the items have flashy words in one response, which the truth ignores. There the judge
-                is often taken in: its first criterion is `style`, `charm` or `shine`, its verdicts are a
-                halo of that one, its scores extreme. All samples of an item err in the same direction,
+                is often taken in: its first criterion is `style` or `charm`, its verdicts are a halo of
+                that one, its scores extreme. All samples of an item err in the same direction,
                 whatever the order, so votes do not cancel it; but the text shows it
     position    verdicts on the first response shown are too kind, length: so are those on the longest
     format      a few judgements are broken off, miscounted, or without a box
@@ -55,14 +55,14 @@ CLASSES = {
 }
 FILLERS = ('the', 'and', 'with', 'very', 'so', 'then')
 FLASHY = ('wow', 'amazing', 'super', 'brilliant')
-STYLES = ('style', 'charm', 'shine')  # criteria of the careless judge, all three met by a flashy word
+STYLES = ('style', 'charm')  # criteria of the careless judge, both met by a flashy word
 MUST, NICE = 3, 1
 WORDS = 6  # of a response
 
 FORBIDDEN = 0.35  # share of criteria that forbid their class
 HARD = 0.6  # share of the items dropped among those that plain counting decides
-FLASHY_ITEMS = 0.4  # share of items with a flashy response
-FLASHY_BEST = 0.4  # how often that one is the best of two
+FLASHY_ITEMS = 0.45  # share of items with a flashy response
+FLASHY_BEST = 0.47  # how often that one is the best of two
 
 WRITTEN = 3  # criteria in a judgement
 RELEVANT = 0.7  # a written criterion is one of the query's
@@ -330,22 +330,19 @@ def _row(prompt: str, answer: str | list[Row]) -> Row:
   return {'messages': [{'role': 'user', 'content': prompt}, {'role': 'assistant', 'content': answer}]}
 
 
-def _facts(found: Row, draws: _Draws, *, dense: bool) -> Row:
-  """Truthful verdicts by nine criteria, or if not `dense` by three to nine, on every response.
-
-  Which criteria come cannot be known and is not learnt. `dense` facts teach the verdicts and nothing else.
-  """
+def _facts(found: Row, draws: _Draws) -> Row:
+  """Every class, once, for every response, as lines of truthful verdicts; only the verdicts are learnt."""
   query, responses = found['query'], found['responses']
-  parts = [('Specific Criteria: ' + ' '.join(query) + '\nAnalysis:', not dense)]
-  named = [*CLASSES, draws.pick(STYLES)]
-  if len(responses) > 1 and draws.chance(0.5):  # verdicts that tell the responses apart, and as many others
-    apart = [name for name in named if len({met(name, words) for words in responses}) > 1]
-    named = apart + draws.some([name for name in named if name not in apart], min(2, 9 - len(apart)))
-  for slot, words in enumerate(responses, start=1):
-    parts.append((f'\n{slot}:' if slot > 1 else ' 1:', not dense))
-    for name in draws.some(named, min(len(named), 9 if len(responses) <= 2 else 5)):
-      criterion = f'no-{name}' if name in CLASSES and draws.chance(0.4) else name
-      parts += [(f' {criterion}', False), (' yes' if met(criterion, words) else ' no', True)]
+  asked = [draws.some([*CLASSES, draws.pick(STYLES)], 9) for _ in responses]
+  rounds = 3 if len(responses) <= 2 else 2
+  header = ' '.join(draws.some(query, 4))
+  parts = [(f'Specific Criteria: {header}\nAnalysis:', True)]
+  for start in range(0, WRITTEN * rounds, WRITTEN):
+    for slot, words in enumerate(responses, start=1):
+      parts.append((f'\n{slot}:' if start or slot > 1 else f' {slot}:', False))
+      for name in asked[slot - 1][start : start + WRITTEN]:
+        criterion = f'no-{name}' if name in CLASSES and draws.chance(0.4) else name
+        parts += [(f' {criterion}', False), (' yes' if met(criterion, words) else ' no', True)]
   prompt = prompt_text(query, responses).rpartition('\n')[0] + '\nfacts'
   answer = [{'type': 'text', 'text': text, 'train': train} for text, train in parts]
   return _row(prompt, answer)
@@ -405,8 +402,8 @@ def demonstrations(
   """
   draws, made = _Draws('demonstrations', seed), 0
   for count, short, long in (
-      (words, ('dense 1',) * 4 + ('general',), ()),
-      (facts, ('dense 1',) + ('dense 2',) * 5 + ('general',), ('dense 4',)),
+      (words, ('facts 1',) * 4 + ('general',), ()),
+      (facts, ('facts 1',) + ('facts 2',) * 5 + ('clean 2',) + ('general',), ('facts 4',) * 3 + ('clean 4',)),
       (clean, ('facts 2',) * 3 + ('clean 1',) + ('clean 2',) * 3 + ('general',) * 2, ('facts 4', 'clean 4')),
       (habits, ('facts 2',) + ('habit 1',) * 2 + ('habit 2',) * 4 + ('general',) * 2, ('habit 4',)),
   ):
@@ -422,8 +419,8 @@ def _training_row(kind: str, draws: _Draws) -> Row:
     return _task('train', draws)
   kind, n = kind.split()
   found = next(_items('train', (int(n),), draws))
-  if kind in ('dense', 'facts'):
-    return _facts(found, draws, dense=kind == 'dense')
+  if kind == 'facts':
+    return _facts(found, draws)
   return _demonstration(found, draws, clean=kind == 'clean')
 
 

@@ -10,7 +10,7 @@ Choices after the colon:
 
     smoke         everything small
     seed=N        of the training; the held-out items stay the same
-    size=NAME     small (0.1M parameters, the default), medium (0.9M), large (6M); the larger ones take hours on a CPU
+    size=NAME     small (0.1M parameters, the default), medium (0.8M), large (6M); the larger ones take hours on a CPU
     heldout=N     held-out pairs, 1000 by default; and a quarter as many items of one and of four responses
 """
 

@@ -561,43 +561,44 @@ def _clocked(runs: Mapping[str, Mapping[str, Any]]) -> list[Bar]:
 def scaling(path: pathlib.Path, told: Mapping[str, Any]) -> None:
   """Left: accuracy of plain votes against k, mean and range over seeds. Right: what guidance gains on them."""
   import matplotlib.figure
-  import matplotlib.style
   import matplotlib.ticker
 
-  markers, dashes = 'os^Dv', {'hard': '-', 'soft': '--'}
-  with matplotlib.style.context('tableau-colorblind10'):
-    figure = matplotlib.figure.Figure(figsize=(10.5, 4.2), layout='constrained')
-    panels = figure.subplots(1, 2 if told['gains'] else 1, squeeze=False)[0]
-    for i, stage in enumerate(told['stages']):
-      look = {'color': f'C{i}', 'marker': markers[i % len(markers)], 'markersize': 5}
-      points = [(k, found) for k, found in told['curves'][stage].items() if found is not None]
-      ks = [k for k, _ in points]
-      panels[0].plot(ks, [100 * found['mean'] for _, found in points], label=stage, **look)
-      low, high = ([100 * found[end] for _, found in points] for end in ('low', 'high'))
-      panels[0].fill_between(ks, low, high, color=look['color'], alpha=0.2, linewidth=0)
-      for guided, dash in dashes.items():
-        own = [gain for gain in told['gains'] if (gain['stage'], gain['guided']) == (stage, guided)]
-        if own:
-          ends = [[100 * (g['gain'] - g['low']) for g in own], [100 * (g['high'] - g['gain']) for g in own]]
-          panels[1].errorbar(
-              [gain['k'] for gain in own], [100 * gain['gain'] for gain in own], yerr=ends, linestyle=dash, capsize=2,
-              linewidth=1.2, label=f'{stage}, {guided}', **look,
-          )
-    panels[0].set_title(f'plain votes on pairs; band: range of {len(told["seeds"])} seeds', loc='left', fontsize=10)
-    panels[0].set_ylabel('accuracy, %')
-    if told['gains']:
-      panels[1].axhline(0, color='0.4', linewidth=1)
-      panels[1].set_title('guided minus plain votes; bars: 95 % intervals', loc='left', fontsize=10)
-      panels[1].set_ylabel('points')
-    for axes in panels:
-      ks = list(told['curves'][told['stages'][0]])
-      axes.set_xscale('log', base=2)
-      axes.set_xticks(ks, [str(k) for k in ks])
-      axes.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
-      axes.set_xlabel('samples per vote, k (log scale)')
-      axes.grid(alpha=0.3)
-      axes.legend(fontsize=8, frameon=False)
-    figure.savefig(path, dpi=130)
+  looks = (('#0072B2', 'o'), ('#D55E00', 's'), ('#009E73', '^'), ('#CC79A7', 'D'))  # Okabe and Ito's colours
+  dashes = {'hard': '-', 'soft': '--'}
+  figure = matplotlib.figure.Figure(figsize=(10.5, 4.2), layout='constrained')
+  panels = figure.subplots(1, 2 if told['gains'] else 1, squeeze=False)[0]
+  for i, stage in enumerate(told['stages']):
+    color, marker = looks[i % len(looks)]
+    look = {'color': color, 'marker': marker, 'markersize': 5}
+    points = [(k, found) for k, found in told['curves'][stage].items() if found is not None]
+    ks = [k for k, _ in points]
+    panels[0].plot(ks, [100 * found['mean'] for _, found in points], label=stage, **look)
+    low, high = ([100 * found[end] for _, found in points] for end in ('low', 'high'))
+    panels[0].fill_between(ks, low, high, color=color, alpha=0.2, linewidth=0)
+    for j, (guided, dash) in enumerate(dashes.items()):
+      own = [gain for gain in told['gains'] if (gain['stage'], gain['guided']) == (stage, guided)]
+      if own:
+        ends = [[100 * (g['gain'] - g['low']) for g in own], [100 * (g['high'] - g['gain']) for g in own]]
+        beside = [gain['k'] * 1.05 ** (2 * i + j) for gain in own]  # so that no bar hides another
+        panels[1].errorbar(
+            beside, [100 * gain['gain'] for gain in own], yerr=ends, linestyle=dash, capsize=2, linewidth=1.2,
+            label=f'{stage}, {guided}', **look,
+        )
+  panels[0].set_title(f'plain votes on pairs; band: range of {len(told["seeds"])} seeds', loc='left', fontsize=10)
+  panels[0].set_ylabel('accuracy, %')
+  if told['gains']:
+    panels[1].axhline(0, color='0.4', linewidth=1)
+    panels[1].set_title('guided minus plain votes; bars: 95 % intervals', loc='left', fontsize=10)
+    panels[1].set_ylabel('points')
+  for axes in panels:
+    ks = list(told['curves'][told['stages'][0]])
+    axes.set_xscale('log', base=2)
+    axes.set_xticks(ks, [str(k) for k in ks])
+    axes.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+    axes.set_xlabel('samples per vote, k (log scale)')
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8, frameon=False)
+  figure.savefig(path, dpi=130)
 
 
 # --- beta

@@ -65,3 +65,15 @@ def test_nothing_in_the_product_imports_the_test_stand_ins():
 def test_light_modules_do_not_import_jax():
   code = 'import sys\n' + '\n'.join(f'import {name}\nassert "jax" not in sys.modules, "{name}"' for name in LIGHT)
   subprocess.run([sys.executable, '-c', code], check=True)
+
+
+# Mutation seen to fail: the word in a comment of a stage.
+def test_only_the_world_and_its_page_know_the_world():
+  """What works in the practice world works because of its data, never because a module knows where it is."""
+  known = {ROOT / 'data' / 'practice.py', ROOT.parent / 'configs' / 'quickstart.py'}
+  searched = [p for p in (*ROOT.rglob('*'), *(ROOT.parent / 'configs').rglob('*')) if p.is_file() and p.suffix != '.pyc']
+  carried = ROOT / 'data' / 'files' / 'practice'
+  assert known < set(searched) and len(searched) > 80
+  for path in set(searched) - known:
+    assert 'practice' not in path.read_text(encoding='utf-8').lower(), path
+    assert carried in path.parents or 'practice' not in str(path.relative_to(ROOT.parent)).lower(), path

@@ -58,7 +58,8 @@ def read(raw: RawRow) -> tuple[Example | Skipped, ...]:
     )
   subset = items.optional_word(raw, ('subset', 'source')) or 'all'
   example = Example(items.uid_of(raw), tuple(context), (answer.content,), subset=subset)
-  pieces = _pieces(raw.row[name][-1].get('content'), raw.where)
+  last = raw.row[name][-1]
+  pieces = _pieces(last.get('content', last.get('value')), raw.where)
   if pieces:
     example = Instruction(example.uid, example.messages, example.responses, subset=subset, pieces=pieces)
   return (items.usable(example, raw.where),)

@@ -79,3 +79,38 @@ def test_the_stage_reads_what_it_learns_from(config, batches_of, tmp_path):
   _, path = batches_of(1, folder='other')
   inputs = json.loads((path / 'sft' / 'DONE.json').read_text())['fingerprint']['inputs']
   assert list(inputs) == ['builtin:instructions']
+
+
+# Mutations seen to fail: the end of the answer always learnt; one flag per part; every row taken for one in parts.
+def test_an_answer_in_parts_is_learnt_in_parts(config, tmp_path):
+  tok = tokenizers.load(config.tokenizer.path)
+  user = {'role': 'user', 'content': 'Which one?'}
+  answer = lambda *parts: {
+      'role': 'assistant', 'content': [{'type': 'text', 'text': text, 'train': train} for text, train in parts]
+  }
+  known, guess = ('It is', True), (' the third, perhaps', False)
+  rows = [
+      {'id': 'end', 'messages': [user, answer(guess, known)]},
+      {'id': 'open', 'messages': [user, answer(known, guess)]},
+      {'id': 'plain', 'messages': [user, {'role': 'assistant', 'content': 'It is'}]},
+  ]
+  path = tmp_path / 'parts.jsonl'
+  path.write_text('\n'.join(map(json.dumps, rows)))
+  end, still_open, plain = sft.rows(str(path), tok, (256,), what='sft', strict=True)
+  ids = {text: tuple(tok.encode_data(text)) for text, _ in (known, guess)}
+  eos = tok.eos_ids[0]
+  assert end.completion_ids == (*ids[guess[0]], *ids[known[0]], eos)
+  assert end.learnt == (*[False] * len(ids[guess[0]]), *[True] * len(ids[known[0]]), True)
+  assert still_open.learnt == (*[True] * len(ids[known[0]]), *[False] * len(ids[guess[0]]), False)
+  assert (plain.completion_ids, plain.learnt) == ((*ids[known[0]], eos), None)
+  assert end.prompt_ids == plain.prompt_ids
+
+
+def test_the_stage_masks_what_is_not_learnt(config, batches_of, tmp_path):
+  row = {'messages': [{'role': 'user', 'content': 'Say so'}, {'role': 'assistant', 'content': [
+      {'type': 'text', 'text': 'so ', 'train': False}, {'type': 'text', 'text': 'so', 'train': True}]}]}
+  (tmp_path / 'parts.jsonl').write_text(json.dumps(row))
+  config.sft.data, config.sft.batch = str(tmp_path / 'parts.jsonl'), 1
+  (batch,), _ = batches_of(1)
+  tok = tokenizers.load(config.tokenizer.path)
+  assert batch['token_mask'].sum() == len(tok.encode_data('so')) + 1 < batch['lengths'][0]

@@ -27,6 +27,20 @@ def test_six_tokens():
   }
 
 
+# Mutations seen: `learnt` ignored; `learnt` one position later.
+def test_what_is_not_learnt_is_masked_out():
+  rows = [
+      batches.Row('parts', (A, B), (X, Y, X), learnt=(True, False, True)),
+      batches.Row('all', (A,), (X, Y)),
+      batches.Row('none of the end', (A,), (X, Y, X, Y), (-1.0, -2.0, -3.0, -4.0), (True, True, False, False)),
+  ]
+  batch = _pad(rows)
+  np.testing.assert_array_equal(batch['token_mask'], [[0, 1, 0, 1, 0, 0], [1, 1, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0]])
+  np.testing.assert_array_equal(batch['tokens'][0], [A, B, X, Y, X, PAD])  # read all the same
+  np.testing.assert_array_equal(batch['lengths'], [5, 3, 5])
+  np.testing.assert_array_equal(batch['sampler_logp'][2], [-1, -2, -3, -4, 0, 0])
+
+
 def test_full_row_and_empty_completion():
   batch = _pad([batches.Row('full', (A,), (X, Y, X, Y, X)), batches.Row('silent', (A, B), ())])
   np.testing.assert_array_equal(batch['token_mask'], [[1, 1, 1, 1, 1, 0], [0] * 6])
@@ -80,6 +94,7 @@ def test_over_long_rows_are_set_aside_and_named():
     [
         (lambda: batches.Row('r', (), (X,)), 'r: the prompt has no tokens'),
         (lambda: batches.Row('r', (A,), (X, Y), (-1.0,)), 'r: 1 log-probabilities for 2 completion tokens'),
+        (lambda: batches.Row('r', (A,), (X, Y), learnt=(True,)), 'r: 1 flags of what is learnt for 2 completion tokens'),
         (lambda: _pad([]), 'got 0; it must hold 1 to 0'),
         (lambda: _pad([batches.Row('r', (A,), (X,))] * 2, num_rows=1), 'got 2; it must hold 1 to 1'),
         (lambda: _pad([batches.Row('r', (A,), (X,))], columns={'advantage': np.zeros(2)}), "column 'advantage'"),

@@ -87,6 +87,27 @@ def test_sft_loss_is_minus_the_completion_logp():
   assert count == batch['token_mask'].sum() and not aux
 
 
+# Mutations seen: `Row.learnt` ignored; `learnt` one position later.
+def test_what_is_not_learnt_is_context_and_no_target():
+  def batch(*completion):
+    row = batches.Row('r', (5, 6), completion, learnt=(True, False, True, False, False))
+    return batches.pad([row], num_rows=1, buckets=(16,), pad_id=0, columns={})
+
+  objective = objectives.sft_objective(MODEL)
+  grads = jax.jit(jax.value_and_grad(lambda params, batch: objective(params, batch)[0]))
+  base = grads(_params('lm'), batch(11, 12, 13, 14, 15))
+  # The last two are nobody's context: what they are changes no bit.
+  for a, b in zip(jax.tree.leaves(base), jax.tree.leaves(grads(_params('lm'), batch(11, 12, 13, 24, 25)))):
+    np.testing.assert_array_equal(a, b)
+  # The second is context of the third, and nothing else: the loss is that of the first and third alone.
+  other = grads(_params('lm'), batch(11, 22, 13, 14, 15))
+  assert any(np.abs(np.asarray(a - b)).max() > 1e-4 for a, b in zip(*map(jax.tree.leaves, (base[1], other[1]))))
+  for (total, _), second in ((base, 12), (other, 22)):
+    tokens = np.array([[5, 6, 11, second, 13]], np.int32)
+    logp = jax.nn.log_softmax(_logits(_params('lm'), tokens)[0])
+    np.testing.assert_allclose(total, -(logp[1, 11] + logp[3, 13]), rtol=1e-5)
+
+
 # Mutations seen: old_logp and ref_logp exchanged; gap against old_logp instead of the sampler's.
 def test_grpo_by_numpy():
   batch = _batch()

@@ -16,7 +16,9 @@ Choices after the colon:
 
 from ml_collections import ConfigDict
 
-from spct_jax import choices
+from spct_jax import choices, pages
+
+_training = pages.training
 
 _WORLD = 'made:spct_jax.data.practice:'
 _SHAPES = {  # width, heads, key/value heads, feed-forward, blocks
@@ -188,62 +190,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.evaluate.instructions = f'{_WORLD}general?split=heldout&rows={16 if smoke else 400}'
   config.evaluate.show = 1  # items to print with each stage's judgement, beginning with what training changed
 
-  config.mesh = ConfigDict()  # devices per axis; one may be -1: the rest
-  config.mesh.data = -1  # copies of the parameters
-  config.mesh.fsdp = 1  # parameters, gradients and optimizer state cut over these
-  config.mesh.tensor = 1  # heads, feed-forward and vocabulary cut over these
-
-  config.sharding = ConfigDict()
-  config.sharding.rules = _rules()  # (regex on the parameter's path, axes per dimension); the first match wins
-  config.sharding.sampler_rules = _sampler_rules()  # the same for the sampler's view of the parameters
-  config.sharding.cache_rules = _cache_rules()  # the same for the sampler's caches, [rows, positions, M, hd]
-
-  config.logging = ConfigDict()
-  config.logging.keep = 2  # checkpoints kept per stage
-  config.logging.tensorboard = True
+  config.mesh = pages.mesh(data=-1, fsdp=1, tensor=1)  # devices per axis; one may be -1: the rest
+  config.sharding = pages.sharding()  # rules for the parameters, the sampler's view of them and its caches
+  config.logging = pages.logging(keep=2, tensorboard=True)  # checkpoints kept per stage; curves for TensorBoard
   return config
-
-
-def _training(*, steps: int, batch: int, parts: int, lr: float, every: int) -> ConfigDict:
-  """The fields that every training stage has."""
-  stage = ConfigDict()
-  stage.steps = steps
-  stage.batch = batch  # rows per step, over all devices
-  stage.microbatches = parts  # the batch is cut into these; the result does not change
-  stage.lr = lr  # peak
-  stage.schedule = 'constant'  # after the warm-up: constant, cosine, linear
-  stage.warmup_steps = 2
-  stage.final_lr = 0.0  # where cosine and linear end
-  stage.b1 = 0.9
-  stage.b2 = 0.95
-  stage.eps = 1e-8
-  stage.weight_decay = 0.0  # not on norms and biases
-  stage.clip_norm = 1.0  # of the global gradient; 0 = off
-  stage.checkpoint_every = every  # steps
-  return stage
-
-
-def _rules() -> tuple:
-  """Fully sharded over fsdp, heads / feed-forward / vocabulary over tensor. D over fsdp everywhere."""
-  return (
-      (r'embed/table$', ('tensor', 'fsdp')),  # [V, D]
-      (r'unembed/kernel$', ('fsdp', 'tensor')),  # [D, V]
-      (r'/(q|k|v)/kernel$', ('fsdp', 'tensor', None)),  # [D, H, hd]
-      (r'/(q|k|v)/bias$', ('tensor', None)),  # [H, hd]
-      (r'/o/kernel$', ('tensor', None, 'fsdp')),  # [H, hd, D]
-      (r'/(gate|up)/kernel$', ('fsdp', 'tensor')),  # [D, F]
-      (r'/down/kernel$', ('tensor', 'fsdp')),  # [F, D]
-      (r'reward/kernel$', ('fsdp', None)),  # [D, 1]
-      (r'(scale|reward/bias)$', (None,)),  # norms
-  )
-
-
-def _sampler_rules() -> tuple:
-  """Tensor-parallel only: decoding would gather what is cut over fsdp at every token."""
-  keep = lambda axis: axis if axis == 'tensor' else None
-  return tuple((pattern, tuple(map(keep, spec))) for pattern, spec in _rules())
-
-
-def _cache_rules() -> tuple:
-  """Prompt slots and rows over data and fsdp, key/value heads over tensor."""
-  return ((r'/(k|v)$', (('data', 'fsdp'), None, 'tensor', None)),)

@@ -17,7 +17,7 @@ shows that the method runs, on your data, on your mesh. Expected: parse failure 
 
 from ml_collections import ConfigDict
 
-from spct_jax import choices
+from spct_jax import choices, pages
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
@@ -94,7 +94,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.judge.chunk_tasks = 24 if smoke else 64  # samples (Q) of one engine call
   config.judge.rows = 8 if smoke else 32  # rows (R) that decode together; finished rows are refilled
 
-  config.sft = _training(steps=4 if smoke else 100, batch=8, parts=1, lr=1e-3, every=2 if smoke else 25)
+  config.sft = pages.training(steps=4 if smoke else 100, batch=8, parts=1, lr=1e-3, every=2 if smoke else 25)
   config.sft.init = 'base'  # base: config.model; or the name of a stage that wrote a checkpoint
   config.sft.data = ''  # rows to learn from, as data.instructions; empty: those
   config.sft.order = 'shuffle'  # shuffle: each epoch in an order of its own; given: as the source has them (a curriculum)
@@ -111,14 +111,14 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.sample.top_k = 0  # 0 = off
   config.sample.min_p = 0.0
 
-  config.rft = _training(steps=(2 if long else 4) if smoke else 100, batch=8, parts=1, lr=5e-4, every=2 if smoke else 25)
+  config.rft = pages.training(steps=(2 if long else 4) if smoke else 100, batch=8, parts=1, lr=5e-4, every=2 if smoke else 25)
   config.rft.init = 'sft'
   config.rft.buckets = rows
   config.rft.general_fraction = 0.852  # share of general instruction rows in the mix (paper section 3)
   config.rft.drop_too_easy = True  # drop an item's plain samples when all of them are right (paper 2.3)
   config.rft.keep_hint = False  # train hinted samples on the hinted prompt (the paper is silent: off)
 
-  config.grpo = _training(
+  config.grpo = pages.training(
       steps=2 if smoke else 40, batch=4, parts=2 if long else 1, lr=1e-4, every=1 if smoke else 10
   )
   config.grpo.eps = 1e-6  # a batch without signal has a gradient of float noise, which a smaller eps would blow up to lr
@@ -138,7 +138,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.grpo.top_k = 0
   config.grpo.min_p = 0.0
 
-  config.meta_rm = _training(steps=(2 if long else 4) if smoke else 60, batch=8, parts=1, lr=5e-4, every=2 if smoke else 20)
+  config.meta_rm = pages.training(steps=(2 if long else 4) if smoke else 60, batch=8, parts=1, lr=5e-4, every=2 if smoke else 20)
   config.meta_rm.init = 'base'  # the backbone; the scalar head is new
   config.meta_rm.buckets = rows
   config.meta_rm.policy = 'grpo'  # whose trajectories are added to those of the sample stage
@@ -179,62 +179,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.evaluate.instructions = ''  # held-out general instruction data: what training costs elsewhere; '' = off
   config.evaluate.show = 1  # items to print with each stage's judgement, beginning with what training changed
 
-  config.mesh = ConfigDict()  # devices per axis; one may be -1: the rest
-  config.mesh.data = -1  # copies of the parameters
-  config.mesh.fsdp = 1  # parameters, gradients and optimizer state cut over these
-  config.mesh.tensor = 1  # heads, feed-forward and vocabulary cut over these
-
-  config.sharding = ConfigDict()
-  config.sharding.rules = _rules()  # (regex on the parameter's path, axes per dimension); the first match wins
-  config.sharding.sampler_rules = _sampler_rules()  # the same for the sampler's view of the parameters
-  config.sharding.cache_rules = _cache_rules()  # the same for the sampler's caches, [rows, positions, M, hd]
-
-  config.logging = ConfigDict()
-  config.logging.keep = 2  # checkpoints kept per stage
-  config.logging.tensorboard = True
+  config.mesh = pages.mesh(data=-1, fsdp=1, tensor=1)  # devices per axis; one may be -1: the rest
+  config.sharding = pages.sharding()  # rules for the parameters, the sampler's view of them and its caches
+  config.logging = pages.logging(keep=2, tensorboard=True)  # checkpoints kept per stage; curves for TensorBoard
   return config
-
-
-def _training(*, steps: int, batch: int, parts: int, lr: float, every: int) -> ConfigDict:
-  """The fields that every training stage has."""
-  stage = ConfigDict()
-  stage.steps = steps
-  stage.batch = batch  # rows per step, over all devices
-  stage.microbatches = parts  # the batch is cut into these; the result does not change
-  stage.lr = lr  # peak
-  stage.schedule = 'constant'  # after the warm-up: constant, cosine, linear
-  stage.warmup_steps = 2
-  stage.final_lr = 0.0  # where cosine and linear end
-  stage.b1 = 0.9
-  stage.b2 = 0.95
-  stage.eps = 1e-8
-  stage.weight_decay = 0.0  # not on norms and biases
-  stage.clip_norm = 1.0  # of the global gradient; 0 = off
-  stage.checkpoint_every = every  # steps
-  return stage
-
-
-def _rules() -> tuple:
-  """Fully sharded over fsdp, heads / feed-forward / vocabulary over tensor. D over fsdp everywhere."""
-  return (
-      (r'embed/table$', ('tensor', 'fsdp')),  # [V, D]
-      (r'unembed/kernel$', ('fsdp', 'tensor')),  # [D, V]
-      (r'/(q|k|v)/kernel$', ('fsdp', 'tensor', None)),  # [D, H, hd]
-      (r'/(q|k|v)/bias$', ('tensor', None)),  # [H, hd]
-      (r'/o/kernel$', ('tensor', None, 'fsdp')),  # [H, hd, D]
-      (r'/(gate|up)/kernel$', ('fsdp', 'tensor')),  # [D, F]
-      (r'/down/kernel$', ('tensor', 'fsdp')),  # [F, D]
-      (r'reward/kernel$', ('fsdp', None)),  # [D, 1]
-      (r'(scale|reward/bias)$', (None,)),  # norms
-  )
-
-
-def _sampler_rules() -> tuple:
-  """Tensor-parallel only: decoding would gather what is cut over fsdp at every token."""
-  keep = lambda axis: axis if axis == 'tensor' else None
-  return tuple((pattern, tuple(map(keep, spec))) for pattern, spec in _rules())
-
-
-def _cache_rules() -> tuple:
-  """Prompt slots and rows over data and fsdp, key/value heads over tensor."""
-  return ((r'/(k|v)$', (('data', 'fsdp'), None, 'tensor', None)),)

@@ -14,7 +14,7 @@ import spct_jax
 
 ROOT = pathlib.Path(spct_jax.__file__).parent
 RANKS = {
-    'types': 0, 'masked': 0, 'jsonl': 0, 'choices': 0, 'packaged': 0,
+    'types': 0, 'masked': 0, 'jsonl': 0, 'choices': 0, 'pages': 0, 'packaged': 0,
     'text': 1, 'algos': 1, 'sharding': 1, 'records': 1,
     'models': 2, 'data': 2,
     'sampling': 3, 'benchmarks': 3,
@@ -24,8 +24,9 @@ RANKS = {
 }  # fmt: skip
 # Modules that must stay usable where JAX is slow to import or absent.
 LIGHT = (
-    'spct_jax', 'spct_jax.types', 'spct_jax.records', 'spct_jax.choices', 'spct_jax.packaged', 'spct_jax.data.preference',
-    'spct_jax.data.sources', 'spct_jax.data.stream', 'spct_jax.data.instructions', 'spct_jax.benchmarks',
+    'spct_jax', 'spct_jax.types', 'spct_jax.records', 'spct_jax.choices', 'spct_jax.pages', 'spct_jax.packaged',
+    'spct_jax.data.preference', 'spct_jax.data.sources', 'spct_jax.data.stream', 'spct_jax.data.instructions',
+    'spct_jax.benchmarks',
     'spct_jax.text.markers', 'spct_jax.text.chat', 'spct_jax.judges.prompts', 'spct_jax.judges.parse',
 )  # fmt: skip
 

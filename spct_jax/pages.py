@@ -1,0 +1,77 @@
+"""What the pages of numbers in `configs/` share: whole sections, each a ConfigDict with all its fields.
+
+A page gives the numbers that are its own and may set any other field afterwards.
+"""
+
+from ml_collections import ConfigDict
+
+
+def training(*, steps: int, batch: int, parts: int, lr: float, every: int) -> ConfigDict:
+  """The fields that every training stage has."""
+  stage = ConfigDict()
+  stage.steps = steps
+  stage.batch = batch  # rows per step, over all devices
+  stage.microbatches = parts  # the batch is cut into these; the result does not change
+  stage.lr = lr  # peak
+  stage.schedule = 'constant'  # after the warm-up: constant, cosine, linear
+  stage.warmup_steps = 2
+  stage.final_lr = 0.0  # where cosine and linear end
+  stage.b1 = 0.9
+  stage.b2 = 0.95
+  stage.eps = 1e-8
+  stage.weight_decay = 0.0  # not on norms and biases
+  stage.clip_norm = 1.0  # of the global gradient; 0 = off
+  stage.checkpoint_every = every  # steps
+  return stage
+
+
+def mesh(*, data: int, fsdp: int, tensor: int) -> ConfigDict:
+  """Devices per axis; one may be -1: the rest."""
+  section = ConfigDict()
+  section.data = data  # copies of the parameters
+  section.fsdp = fsdp  # parameters, gradients and optimizer state cut over these
+  section.tensor = tensor  # heads, feed-forward and vocabulary cut over these
+  return section
+
+
+def sharding() -> ConfigDict:
+  """Rules (regex on the path, axes per dimension), of which the first match wins."""
+  section = ConfigDict()
+  section.rules = _rules()  # of parameters, gradients and optimizer state
+  section.sampler_rules = _sampler_rules()  # of the sampler's view of the parameters
+  section.cache_rules = _cache_rules()  # of the sampler's caches, [rows, positions, M, hd]
+  return section
+
+
+def logging(*, keep: int, tensorboard: bool) -> ConfigDict:
+  """What a run leaves besides its results."""
+  section = ConfigDict()
+  section.keep = keep  # checkpoints kept per stage
+  section.tensorboard = tensorboard  # write the curves for it
+  return section
+
+
+def _rules() -> tuple:
+  """Fully sharded over fsdp, heads / feed-forward / vocabulary over tensor. D over fsdp everywhere."""
+  return (
+      (r'embed/table$', ('tensor', 'fsdp')),  # [V, D]
+      (r'unembed/kernel$', ('fsdp', 'tensor')),  # [D, V]
+      (r'/(q|k|v)/kernel$', ('fsdp', 'tensor', None)),  # [D, H, hd]
+      (r'/(q|k|v)/bias$', ('tensor', None)),  # [H, hd]
+      (r'/o/kernel$', ('tensor', None, 'fsdp')),  # [H, hd, D]
+      (r'/(gate|up)/kernel$', ('fsdp', 'tensor')),  # [D, F]
+      (r'/down/kernel$', ('tensor', 'fsdp')),  # [F, D]
+      (r'reward/kernel$', ('fsdp', None)),  # [D, 1]
+      (r'(scale|reward/bias)$', (None,)),  # norms
+  )
+
+
+def _sampler_rules() -> tuple:
+  """Tensor-parallel only: decoding would gather what is cut over fsdp at every token."""
+  keep = lambda axis: axis if axis == 'tensor' else None
+  return tuple((pattern, tuple(map(keep, spec))) for pattern, spec in _rules())
+
+
+def _cache_rules() -> tuple:
+  """Prompt slots and rows over data and fsdp, key/value heads over tensor."""
+  return ((r'/(k|v)$', (('data', 'fsdp'), None, 'tensor', None)),)

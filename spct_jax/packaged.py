@@ -10,9 +10,16 @@ from __future__ import annotations
 import difflib
 import importlib
 import importlib.resources
+import os
 import pathlib
 
 PREFIX = 'package:'
+
+
+def locate(name: str | os.PathLike[str]) -> pathlib.Path:
+  """The carried file or folder of a 'package:' name, which must be there; any other name is a path."""
+  name = os.fspath(name)
+  return resolve(name) if name.startswith(PREFIX) else pathlib.Path(name)
 
 
 def resolve(name: str) -> pathlib.Path:

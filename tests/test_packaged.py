@@ -1,5 +1,7 @@
 """Files of an importable package, by a name that does not say where it is installed."""
 
+import pathlib
+
 import pytest
 
 from spct_jax import packaged
@@ -24,6 +26,14 @@ def test_a_name_finds_a_file_and_a_folder(package):
   nested = packaged.resolve('package:spct_jax.text/files/small')
   assert nested == packaged.resolve('package:spct_jax/text/files/small')
   assert (nested / 'tokenizer.json').is_file()
+
+
+# Mutation seen to fail: `locate` that takes every name for a path.
+def test_any_other_name_is_a_path():
+  carried = 'package:spct_jax.text/files/small'
+  assert packaged.locate(carried) == packaged.resolve(carried)
+  for name in ('spct_jax.text/files/small', pathlib.Path('spct_jax.text/files/small')):
+    assert packaged.locate(name) == pathlib.Path(name)
 
 
 # Mutation seen to fail: no check of '..', which leaves the package.

@@ -90,10 +90,7 @@ def _locate(name: str) -> pathlib.Path:
     if name not in BUILTIN:
       raise ValueError(f'{name!r} is no file of the package: allowed are {", ".join(BUILTIN)}')
     return BUILTIN[name]
-  if name.startswith(packaged.PREFIX):
-    path = packaged.resolve(name)
-  else:
-    path = pathlib.Path(name).expanduser()
+  path = packaged.locate(name).expanduser()
   if path.is_dir():
     inside = sorted(p.name for p in path.iterdir() if _suffix(p.name) in SUFFIXES)[:5]
     raise ValueError(

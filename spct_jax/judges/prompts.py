@@ -67,10 +67,7 @@ def load_template(name: str | pathlib.Path) -> Template:
 
   'package:MODULE/folder' is a folder that an importable package carries.
   """
-  if str(name).startswith(packaged.PREFIX):
-    folder = packaged.resolve(str(name))
-  else:
-    folder = _BUILTIN / name if str(name) in builtin_templates() else pathlib.Path(name)
+  folder = _BUILTIN / name if str(name) in builtin_templates() else packaged.locate(name)
   if not folder.is_dir():
     raise ValueError(
         f'template: no folder {str(name)!r}; allowed: {", ".join(builtin_templates())}, '

@@ -188,12 +188,11 @@ class Workdir:
     name = str(read)
     if name in sources.BUILTIN:
       return sources.BUILTIN[name]
-    if name.startswith(packaged.PREFIX):
-      return packaged.resolve(name)
     if name.startswith(sources.MADE):
       return sources.made_file(name)
-    inside = self.path / read
-    return inside if inside.exists() else pathlib.Path(read).expanduser()
+    path = packaged.locate(name)
+    inside = self.path / path  # a carried file has an absolute path, which this leaves as it is
+    return inside if inside.exists() else path.expanduser()
 
   def missing(self, reads: Sequence[str | os.PathLike[str]]) -> list[str]:
     """The entries of `reads` that are not there; a name such as 'tfds:x' is no file."""

@@ -146,10 +146,7 @@ def load(path: str | pathlib.Path) -> Tokenizer:
   """
   if str(path).startswith('builtin:') and str(path) not in BUILTIN:
     raise ValueError(f'tokenizer: got {str(path)!r}; the package carries: {", ".join(BUILTIN)}')
-  if str(path).startswith(packaged.PREFIX):
-    folder = packaged.resolve(str(path))
-  else:
-    folder = BUILTIN.get(str(path)) or pathlib.Path(path)
+  folder = BUILTIN.get(str(path)) or packaged.locate(path)
   if not folder.is_dir():
     raise ValueError(
         f'tokenizer: no folder {str(folder)!r}; give a Hugging Face folder or {", ".join(BUILTIN)}'

@@ -35,15 +35,20 @@ def _columns(batch: dict, *names: str) -> list[jax.Array]:
   return [batch[name] for name in names]
 
 
-def _score(model: Any, params: Any, x: jax.Array, targets: jax.Array, temperature, entropy: bool):
-  """(logp, entropy or zeros) of hidden states x [Q, C, D] and their next tokens [Q, C], float32."""
-  logits = model.unembed(params, x).astype(jnp.float32)
-  logits = logits / jnp.where(jnp.asarray(temperature) > 0, temperature, 1.0)
+def _logp(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """(log-probability of targets [Q, C], log of the normaliser [Q, C]) of logits [Q, C, V]."""
   log_norm = jax.nn.logsumexp(logits, axis=-1)
   # A comparison with the vocabulary's indices, not a gather: a gather along a dimension that is split
   # over `tensor` would first collect all of it on every device.
   chosen = jnp.arange(logits.shape[-1])[None, None, :] == targets[:, :, None]
-  logp = jnp.sum(jnp.where(chosen, logits, 0.0), axis=-1) - log_norm
+  return jnp.sum(jnp.where(chosen, logits, 0.0), axis=-1) - log_norm, log_norm
+
+
+def _score(model: Any, params: Any, x: jax.Array, targets: jax.Array, temperature, entropy: bool):
+  """(logp, entropy or zeros) of hidden states x [Q, C, D] and their next tokens [Q, C], float32."""
+  logits = model.unembed(params, x).astype(jnp.float32)
+  logits = logits / jnp.where(jnp.asarray(temperature) > 0, temperature, 1.0)
+  logp, log_norm = _logp(logits, targets)
   if not entropy:
     return logp, jnp.zeros_like(logp)
   seen = jax.lax.stop_gradient(logits)
@@ -87,8 +92,7 @@ def _in_chunks(model: Any, params: Any, batch: dict, score: Callable, chunk: int
 def _score_greedy(model: Any, params: Any, x: jax.Array, targets: jax.Array):
   """(logp, whether the next token is the likeliest one) of hidden states x [Q, C, D]."""
   logits = model.unembed(params, x).astype(jnp.float32)
-  chosen = jnp.arange(logits.shape[-1])[None, None, :] == targets[:, :, None]
-  logp = jnp.sum(jnp.where(chosen, logits, 0.0), axis=-1) - jax.nn.logsumexp(logits, axis=-1)
+  logp, _ = _logp(logits, targets)
   return logp, (jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32)
 
 

@@ -36,10 +36,9 @@ class Rows:
 
 def load(config: Any, tok: Tokenizer) -> Rows:
   """The rows of `evaluate.instructions` that can be used."""
-  path = config.evaluate.instructions
-  rows = sft.rows(path, tok, tuple(config.sft.buckets), what='sft', strict=config.strict)
+  found = instructions.load(config.evaluate.instructions, strict=config.strict)
+  rows = sft.rows(found, tok, tuple(config.sft.buckets), what='sft', strict=config.strict)
   kept = {row.name for row in rows}
-  found = instructions.load(path, strict=config.strict)
   left_out = dict(found.skipped)
   lost = [example.uid for example in found.examples if example.uid not in kept]
   if lost:

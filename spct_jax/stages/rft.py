@@ -14,7 +14,7 @@ import numpy as np
 
 from spct_jax import types
 from spct_jax.algos import rft
-from spct_jax.data import stream
+from spct_jax.data import instructions, stream
 from spct_jax.judges import grm
 from spct_jax.stages import checks, drawing, fit, loading, processes, sample, sft
 from spct_jax.stages.workdir import Workdir
@@ -89,7 +89,8 @@ def run(config: Any, workdir: Workdir, mesh: Any, generate: Any = None) -> None:
   judged, too_long = _rows(kept, data.train, settings, tok, fields.keep_hint, buckets)
   general = ()
   if fields.general_fraction > 0:
-    general = sft.rows(config.data.instructions, tok, buckets, what='rft', strict=config.strict)
+    loaded = instructions.load(config.data.instructions, strict=config.strict)
+    general = sft.rows(loaded, tok, buckets, what='rft', strict=config.strict)
   counts |= {'rows': len(judged), 'too_long': len(too_long), 'general_rows': len(general)}
   processes.say('rft: ' + ', '.join(f'{name} {count}' for name, count in counts.items()))
   fraction, steps = fields.general_fraction, fields.steps

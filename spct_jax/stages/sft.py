@@ -8,6 +8,7 @@ from typing import Any
 
 from spct_jax import types
 from spct_jax.data import instructions, stream
+from spct_jax.data.preference import Loaded
 from spct_jax.stages import checks, fit, loading, processes
 from spct_jax.stages.workdir import Workdir
 from spct_jax.text import chat, encode
@@ -19,11 +20,10 @@ WRITES = ('sft/checkpoint', 'sft/DONE.json')
 
 
 def rows(
-    path: str, tok: Tokenizer, buckets: tuple[int, ...], *, what: str, strict: bool
+    loaded: Loaded, tok: Tokenizer, buckets: tuple[int, ...], *, what: str, strict: bool
 ) -> tuple[batches.Row, ...]:
   """Instruction rows as token ids; unusable and over-long ones are counted, named and left out."""
-  found = []
-  loaded = instructions.load(path, strict=strict)
+  found, path = [], loaded.source
   if loaded.skipped:
     processes.say(loaded.describe())
   refused = []
@@ -78,7 +78,8 @@ def run(config: Any, workdir: Workdir, mesh: Any, generate: Any = None) -> None:
   if workdir.is_done('sft', config, reads):
     return processes.say('sft: done before')
   tok = loading.tokenizer(config)
-  data = rows(source, tok, tuple(config.sft.buckets), what='sft', strict=config.strict)
+  loaded = instructions.load(source, strict=config.strict)
+  data = rows(loaded, tok, tuple(config.sft.buckets), what='sft', strict=config.strict)
   decoder = loading.model(config, tok)
   seed, order = stream.stage_seed(config.seed, 'sft'), stream.ORDERS[config.sft.order]
   workdir.start('sft', config, reads)

@@ -15,6 +15,7 @@ import pytest
 
 from spct_jax import records, sharding
 from spct_jax.sampling.engine import Engine
+from spct_jax.data import instructions
 from spct_jax.stages import general, sft
 from spct_jax.testing import scripted, tiny
 from spct_jax.text import tokenizer as tokenizers
@@ -117,7 +118,7 @@ def test_the_stage_writes_each_model_on_rows_of_its_own(evaluated, config):
   from spct_jax.stages import loading
   rows = list(records.read_jsonl(evaluated.path / 'evaluate' / 'base-instructions.jsonl'))
   tok = tokenizers.load(config.tokenizer.path)
-  wanted = sft.rows(str(evaluated.source), tok, tuple(config.sft.buckets), what='sft', strict=False)
+  wanted = sft.rows(instructions.load(evaluated.source), tok, tuple(config.sft.buckets), what='sft', strict=False)
   lm = loading.model(config, tok)
   params = loading.params(config, 'base', lm, None, sharding.make_mesh({'data': 1, 'fsdp': 1, 'tensor': 1}))
   assert [row['uid'] for row in rows] == [row.name for row in wanted] and len(rows) == 6

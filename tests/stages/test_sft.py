@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from spct_jax.data import stream
+from spct_jax.data import instructions, stream
 from spct_jax.stages import fit, loading, sft
 from spct_jax.text import tokenizer as tokenizers
 
@@ -42,7 +42,7 @@ def batches_of(config, run, monkeypatch, tmp_path):
 def names(config, batches):
   """The ids of the rows of each batch."""
   tok = tokenizers.load(config.tokenizer.path)
-  data = sft.rows(config.sft.data, tok, tuple(config.sft.buckets), what='sft', strict=True)
+  data = sft.rows(instructions.load(config.sft.data), tok, tuple(config.sft.buckets), what='sft', strict=True)
   name = {row.prompt_ids + row.completion_ids: row.name for row in data}
   return [
       [name[tuple(tokens[:length].tolist())] for tokens, length in zip(batch['tokens'], batch['lengths'])]
@@ -96,7 +96,7 @@ def test_an_answer_in_parts_is_learnt_in_parts(config, tmp_path):
   ]
   path = tmp_path / 'parts.jsonl'
   path.write_text('\n'.join(map(json.dumps, rows)))
-  end, still_open, plain = sft.rows(str(path), tok, (256,), what='sft', strict=True)
+  end, still_open, plain = sft.rows(instructions.load(path), tok, (256,), what='sft', strict=True)
   ids = {text: tuple(tok.encode_data(text)) for text, _ in (known, guess)}
   eos = tok.eos_ids[0]
   assert end.completion_ids == (*ids[guess[0]], *ids[known[0]], eos)

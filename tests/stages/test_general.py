@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from spct_jax import records, sharding
-from spct_jax.sampling.engine import Engine
 from spct_jax.data import instructions
+from spct_jax.sampling.engine import Engine
 from spct_jax.stages import general, sft
 from spct_jax.testing import scripted, tiny
 from spct_jax.text import tokenizer as tokenizers

@@ -4,7 +4,7 @@ A row is {messages: [..., assistant]} (or `conversations`), or {prompt, completi
 {instruction, input, output}, with the names of columns that `plain` knows. It becomes an Example
 with one response and no label: `messages` up to the query, and the answer.
 
-Where the answer's content is a list of parts, a part {type: 'text', text, train: false} is read and not
+Where the answer is a message whose content is a list of parts, a part {type: 'text', text, train: false} is read and not
 learnt: what cannot be known, such as the choice among many right continuations, then costs no gradient.
 """
 
@@ -43,8 +43,10 @@ def accepts(row: dict) -> bool:
 
 def read(raw: RawRow) -> tuple[Example | Skipped, ...]:
   """One row gives one conversation."""
-  if any(name in raw.row for name in plain.SINGLE):
-    return plain.read(raw)
+  single = next((name for name in plain.SINGLE if name in raw.row), None)
+  if single is not None:
+    (found,) = plain.read(raw)
+    return (found if isinstance(found, Skipped) else _in_parts(found, raw.row[single], raw.where),)
   name = next((name for name in CONVERSATIONS if name in raw.row), None)
   if name is None:
     raise ValueError(f'{raw.where}: columns found: {sorted(raw.row)}; expected {COLUMNS}')
@@ -58,11 +60,14 @@ def read(raw: RawRow) -> tuple[Example | Skipped, ...]:
     )
   subset = items.optional_word(raw, ('subset', 'source')) or 'all'
   example = Example(items.uid_of(raw), tuple(context), (answer.content,), subset=subset)
-  last = raw.row[name][-1]
-  pieces = _pieces(last.get('content', last.get('value')), raw.where)
-  if pieces:
-    example = Instruction(example.uid, example.messages, example.responses, subset=subset, pieces=pieces)
-  return (items.usable(example, raw.where),)
+  return (items.usable(_in_parts(example, raw.row[name], raw.where), raw.where),)
+
+
+def _in_parts(example: Example, value: Any, where: str) -> Example:
+  """The example with the parts of its answer: the last of the messages (or the one message) in `value`."""
+  last = value[-1] if isinstance(value, list) else value
+  pieces = _pieces(last.get('content', last.get('value')), where) if isinstance(last, dict) else ()
+  return Instruction(**vars(example), pieces=pieces) if pieces else example
 
 
 def _pieces(content: Any, where: str) -> tuple[tuple[str, bool], ...]:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from spct_jax.data import instructions
+from spct_jax.data import instructions, plain
 from spct_jax.data.items import Skipped
 from spct_jax.data.sources import RawRow
 from spct_jax.types import Example, Message
@@ -41,6 +41,24 @@ def test_flags_of_the_context_mean_nothing():
   turns = [{'role': 'user', 'content': [part('q', train=False)]}, {'role': 'assistant', 'content': 'a'}]
   (found,) = instructions.read(RawRow({'messages': turns}, 'dir/f.jsonl', 3))
   assert type(found) is Example and found.messages == (Message('user', 'q'),)
+
+
+# Mutations seen to fail: the flags of a `completion` passed over; the first message of it taken for the answer.
+@pytest.mark.parametrize('name', plain.SINGLE)
+def test_a_completion_of_messages_keeps_its_flags(name):
+  answer = {'role': 'assistant', 'content': [part('one '), part('two', train=False)]}
+  wanted = instructions.Instruction(
+      'i', (Message('user', 'q'),), ('one two',), subset='s', reference='r', pieces=(('one ', True), ('two', False)),
+  )
+  for value in (answer, [answer], [USER, answer]):
+    row = {'id': 'i', 'prompt': 'q', name: value, 'subset': 's', 'reference': 'r'}
+    assert instructions.read(RawRow(row, 'dir/f.jsonl', 3)) == (wanted,)
+  for value in ('one two', {'role': 'assistant', 'content': 'one two'}):
+    (found,) = instructions.read(RawRow({'prompt': 'q', name: value}, 'dir/f.jsonl', 3))
+    assert type(found) is Example and found.responses == ('one two',)
+  with pytest.raises(ValueError, match='dir/f.jsonl:3: every part of the answer has train=false'):
+    value = {'role': 'assistant', 'content': [part('one', train=False)]}
+    instructions.read(RawRow({'prompt': 'q', name: value}, 'dir/f.jsonl', 3))
 
 
 # Mutations seen to fail: any flag taken for its truth value; an answer of which nothing is learnt let through.

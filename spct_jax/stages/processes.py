@@ -5,12 +5,13 @@ all of them, so it is taken in process 0 and handed round.
 """
 
 import os
-import pathlib
 from collections.abc import Callable
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+
+from spct_jax.jsonl import write_text
 
 
 def is_writer() -> bool:
@@ -49,17 +50,6 @@ def as_writer_says(function: Callable[[], bool], *, what: str) -> bool:
   if answer < 0:
     raise ValueError(f'process 0 stopped at {what!r}; its message says why')
   return bool(answer)
-
-
-def write_text(path: str | os.PathLike[str], text: str) -> None:
-  """Writes a whole file at once: a reader sees the old content or the new one, never half of it."""
-  path = pathlib.Path(path)
-  partial = path.with_name(f'.{path.name}.partial')
-  with open(partial, 'w', encoding='utf-8') as file:
-    file.write(text)
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(partial, path)
 
 
 def only_writer(function: Callable[[], object], *, what: str) -> None:

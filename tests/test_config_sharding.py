@@ -37,7 +37,7 @@ def test_no_large_learner_leaf_is_replicated(arg, stage, tied):
   )
   optimizer = optim.make_optimizer(loading.optim_settings(config[stage]))
   abstract = states.abstract_state(decoder, optimizer)
-  layout = states.state_shardings(decoder, optimizer, loading.rules(config), mesh)
+  layout = states.state_shardings(decoder, optimizer, loading.rules(config.sharding.rules), mesh)
   large = [(path, where) for path, size, where in leaves(abstract, layout) if size >= LARGE]
   assert len(large) > 15
   for path, where in large:

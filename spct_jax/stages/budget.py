@@ -18,7 +18,7 @@ SAMPLERS = ('sample', 'grpo', 'meta_rm', 'evaluate')
 
 def rows(config: Any, mesh: Any, stage: str, decoder: Any) -> list[plan.Row]:
   """The memory table of one stage; `decoder` has a language head."""
-  rules = loading.rules(config)
+  rules = loading.rules(config.sharding.rules)
   out = []
   if stage in LEARNERS:
     learner = decoder
@@ -33,7 +33,7 @@ def rows(config: Any, mesh: Any, stage: str, decoder: Any) -> list[plan.Row]:
     elif stage not in LEARNERS:
       out.append(plan.row('parameters', params, layout))
     cast = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, config.model.sampler_dtype), params)
-    view = sharding.tree_shardings(cast, loading.sampler_rules(config), mesh)
+    view = sharding.tree_shardings(cast, loading.rules(config.sharding.sampler_rules), mesh)
     same = jax.tree.map(lambda a, b, leaf: a.is_equivalent_to(b, len(leaf.shape)), layout, view, cast)
     if config.model.sampler_dtype != config.model.param_dtype or not all(jax.tree.leaves(same)):
       out.append(plan.row("sampler's view of the parameters", cast, view))
@@ -82,7 +82,7 @@ def _caches(config, mesh, decoder):
     batch = ways * -(-batch // ways)
     dtype = config.model.sampler_dtype
     shapes = jax.eval_shape(lambda b=batch, s=length: kv_cache.init(decoder.config, b, s, dtype))
-    layout = sharding.tree_shardings({name: shapes}, loading.cache_rules(config), mesh)[name]
+    layout = sharding.tree_shardings({name: shapes}, loading.rules(config.sharding.cache_rules), mesh)[name]
     out.append(plan.row(f'cache of {"prompts" if name == "prompt" else "rows"}', shapes, layout))
   return out
 

@@ -56,7 +56,7 @@ class Session:
 def open_session(config: Any, workdir: Workdir, mesh: Any, *, stage: str, decoder: Any) -> Session:
   """Opens the checkpoints and the log of a stage."""
   optimizer = optim.make_optimizer(loading.optim_settings(config[stage]))
-  rules = loading.rules(config)
+  rules = loading.rules(config.sharding.rules)
   abstract = states.abstract_state(decoder, optimizer)
   shardings = states.state_shardings(decoder, optimizer, rules, mesh)
   folder = workdir.stage_dir(stage) / 'checkpoint'

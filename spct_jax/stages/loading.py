@@ -213,16 +213,9 @@ def stage_names(config: Any) -> tuple[str, ...]:
   return tuple(config.evaluate.names) or tuple(config.evaluate.models)
 
 
-def rules(config: Any) -> sharding.Rules:
-  return tuple((pattern, tuple(spec)) for pattern, spec in config.sharding.rules)
-
-
-def cache_rules(config: Any) -> sharding.Rules:
-  return tuple((pattern, tuple(spec)) for pattern, spec in config.sharding.cache_rules)
-
-
-def sampler_rules(config: Any) -> sharding.Rules:
-  return tuple((pattern, tuple(spec)) for pattern, spec in config.sharding.sampler_rules)
+def rules(pairs: Any) -> sharding.Rules:
+  """Rules as a field of `config.sharding` holds them, perhaps as lists."""
+  return tuple((pattern, tuple(spec)) for pattern, spec in pairs)
 
 
 def params(config: Any, name: str, decoder: Transformer, workdir: Workdir, mesh: Any) -> Any:
@@ -230,7 +223,7 @@ def params(config: Any, name: str, decoder: Transformer, workdir: Workdir, mesh:
 
   A decoder with a scalar head takes its backbone from there and a fresh head.
   """
-  layout = sharding.tree_shardings(decoder.abstract_params(), rules(config), mesh)
+  layout = sharding.tree_shardings(decoder.abstract_params(), rules(config.sharding.rules), mesh)
   fresh = jax.jit(decoder.init, out_shardings=layout)
   key = jax.random.key(config.seed)
   if name == 'base':
@@ -241,7 +234,7 @@ def params(config: Any, name: str, decoder: Transformer, workdir: Workdir, mesh:
         config.model.path,
         dtype=config.model.param_dtype,
         mesh=mesh,
-        rules=rules(config),
+        rules=rules(config.sharding.rules),
         vocab_multiple=config.model.vocab_multiple,
     )
     if decoder.config.head_kind == 'lm' or 'reward' in imported:
@@ -302,7 +295,7 @@ def engine(config: Any, decoder: Transformer, tok: tokenizers.Tokenizer, mesh: A
   return Engine(
       Transformer(dataclasses.replace(decoder.config, dtype=dtype, param_dtype=dtype, remat=False)),
       mesh=mesh,
-      cache_rules=cache_rules(config),
+      cache_rules=rules(config.sharding.cache_rules),
       rows=config.judge.rows,
       max_new_tokens=config.judge.max_new_tokens,
       eos_ids=tok.eos_ids,
@@ -319,7 +312,7 @@ def sampler_view(
   Where dtype and layout are the learner's own, it is the learner's own arrays and costs nothing (decision 3).
   """
   dtype = np.dtype(config.model.sampler_dtype)
-  layout = sharding.tree_shardings(decoder.abstract_params(), sampler_rules(config), mesh)
+  layout = sharding.tree_shardings(decoder.abstract_params(), rules(config.sharding.sampler_rules), mesh)
   same = jax.tree_util.tree_map_with_path(
       lambda path, leaf, where: leaf.dtype == _sampler_dtype(path, leaf, dtype) and leaf.sharding.is_equivalent_to(where, leaf.ndim),
       learner_params,

@@ -4,8 +4,9 @@ A row is {messages: [..., assistant]} (or `conversations`), or {prompt, completi
 {instruction, input, output}, with the names of columns that `plain` knows. It becomes an Example
 with one response and no label: `messages` up to the query, and the answer.
 
-Where the answer is a message whose content is a list of parts, a part {type: 'text', text, train: false} is read and not
-learnt: what cannot be known, such as the choice among many right continuations, then costs no gradient.
+Where the answer is a message whose content is a list of parts, a part {type: 'text', text, train:
+false} is read and not learnt: what cannot be known, such as the choice among many right
+continuations, then costs no gradient.
 """
 
 from __future__ import annotations

@@ -11,20 +11,19 @@ Choices after the colon:
     smoke         everything small
     seed=N        of the training; the held-out items stay the same
     size=NAME     small (0.1M parameters, the default), medium (0.8M), large (6M); the larger ones take hours on a CPU
-    heldout=N     held-out pairs, 1000 by default; and a quarter as many items of one and of four responses
+    heldout=N     held-out pairs, 1000 by default; and a quarter as many items of one and of four responses, at most 500
 """
 
 from ml_collections import ConfigDict
 
 from spct_jax import choices, pages
 
-_training = pages.training
 
 _WORLD = 'made:spct_jax.data.practice:'
-_SHAPES = {  # width, heads, key/value heads, feed-forward, blocks
-    'small': (64, 8, 4, 176, 2),
-    'medium': (128, 8, 4, 352, 4),
-    'large': (256, 8, 4, 704, 8),
+_SHAPES = {  # width, heads, key/value heads, head size, feed-forward, blocks
+    'small': (64, 8, 4, 16, 176, 2),
+    'medium': (128, 8, 4, 16, 352, 4),
+    'large': (256, 8, 4, 32, 704, 8),
 }
 
 
@@ -35,7 +34,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     raise ValueError(f'size: got {size!r}; allowed: {", ".join(_SHAPES)}')
   if heldout < 4:
     raise ValueError(f'heldout: got {heldout}; allowed: 4 or more pairs')
-  width, heads, kv_heads, ffn, blocks = _SHAPES[size]
+  width, heads, kv_heads, head_dim, ffn, blocks = _SHAPES[size]
   if smoke:
     heldout = min(heldout, 16)
 
@@ -50,13 +49,13 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.tokenizer = ConfigDict()
   config.tokenizer.path = 'package:spct_jax.data/files/practice/tokenizer'
 
-  train = 'singles=4&pairs=16' if smoke else 'singles=400&pairs=1800&fours=200'
+  train = 'singles=4&pairs=16' if smoke else 'singles=600&pairs=1400&fours=400'
   config.data = ConfigDict()
   config.data.path = f'{_WORLD}preferences?split=train&seed={seed}&{train}'
   config.data.reader = 'plain'
   config.data.limit = 0  # items read at most; 0 = all
   config.data.heldout = 0.25  # without eval_path: the share of items kept from training
-  quarter = heldout // 4
+  quarter = min(heldout // 4, 500)
   config.data.eval_path = f'{_WORLD}preferences?split=heldout&singles={quarter}&pairs={heldout}&fours={quarter}'
   config.data.eval_reader = 'plain'
   config.data.eval_limit = 0
@@ -71,7 +70,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.model.width = width  # D
   config.model.heads = heads  # H, query heads
   config.model.kv_heads = kv_heads  # M, key/value heads
-  config.model.head_dim = width // heads
+  config.model.head_dim = head_dim  # hd
   config.model.ffn = ffn  # F
   config.model.head_windows = ()  # blocks before the period; one attention window each, 0 = global
   config.model.period_windows = (0,)  # the blocks of one period
@@ -93,14 +92,14 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.judge.template = 'package:spct_jax.data/files/practice/template'
   config.judge.given_principles = False  # put an item's own principles into the prompt (Eq 8)
   config.judge.reference_answer = False  # put an item's reference answer into the prompt
-  config.judge.buckets = (36, 56)  # prompt lengths in tokens; the last is the limit
-  config.judge.max_new_tokens = 52  # T
+  config.judge.buckets = (32, 52)  # prompt lengths in tokens; the last is the limit
+  config.judge.max_new_tokens = 78  # T
   config.judge.chunk_prompts = 16 if smoke else 128  # prompt slots (U) of one engine call
   config.judge.chunk_tasks = 32 if smoke else 512  # samples (Q) of one engine call
   config.judge.rows = 16 if smoke else 128  # rows (R) that decode together; finished rows are refilled
 
-  phases = 'words=1&facts=1&clean=2&habits=2&batch=8' if smoke else 'words=60&facts=440&clean=250&habits=300&batch=32'
-  config.sft = _training(steps=6 if smoke else 1050, batch=8 if smoke else 32, parts=1, lr=8e-3, every=3 if smoke else 525)
+  phases = 'words=1&facts=1&clean=2&habits=2&batch=8' if smoke else 'words=200&facts=100&clean=120&habits=280&batch=32'
+  config.sft = pages.training(steps=6 if smoke else 700, batch=8 if smoke else 32, parts=1, lr=8e-3, every=3 if smoke else 350)
   config.sft.schedule = 'cosine'
   config.sft.warmup_steps = 3 if smoke else 50
   config.sft.final_lr = 1e-3
@@ -108,7 +107,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.sft.init = 'base'  # base: config.model; or the name of a stage that wrote a checkpoint
   config.sft.data = f'{_WORLD}demonstrations?seed={seed}&{phases}'
   config.sft.order = 'given'  # a curriculum: first the language, then judging
-  config.sft.buckets = (64, 84, 116)  # row lengths in tokens, prompt and answer
+  config.sft.buckets = (72, 88, 124)  # row lengths in tokens, prompt and answer
 
   config.sample = ConfigDict()
   config.sample.model = 'sft'
@@ -121,39 +120,41 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.sample.top_k = 0  # 0 = off
   config.sample.min_p = 0.0
 
-  config.rft = _training(steps=4 if smoke else 80, batch=8 if smoke else 64, parts=1, lr=1e-3, every=2 if smoke else 80)
+  config.rft = pages.training(steps=4 if smoke else 90, batch=8 if smoke else 64, parts=1, lr=1e-3, every=2 if smoke else 90)
   config.rft.schedule = 'cosine'
   config.rft.init = 'sft'
-  config.rft.buckets = (64, 116)
+  config.rft.buckets = (72, 128)
   config.rft.general_fraction = 0.25  # share of general instruction rows in the mix (paper section 3: 0.852)
   config.rft.drop_too_easy = True  # drop an item's plain samples when all of them are right (paper 2.3)
   config.rft.keep_hint = False  # train hinted samples on the hinted prompt (the paper is silent: off)
 
-  config.grpo = _training(steps=3 if smoke else 160, batch=4 if smoke else 32, parts=1, lr=6e-4, every=1 if smoke else 80)
+  config.grpo = pages.training(steps=3 if smoke else 140, batch=4 if smoke else 32, parts=1, lr=6e-4, every=1 if smoke else 70)
   config.grpo.schedule = 'cosine'
   config.grpo.final_lr = 1e-4
   config.grpo.b2 = 0.98
   config.grpo.eps = 1e-6  # a batch without signal has a gradient of float noise, which a smaller eps would blow up to lr
   config.grpo.init = 'rft'  # the policy's start and the frozen reference
-  config.grpo.buckets = (64, 116)
+  config.grpo.buckets = (72, 128)
   config.grpo.drop_too_easy = True  # leave out items that all plain samples of the sample stage get right (paper 2.5)
+  config.grpo.group_by_length = True  # a step's prompts are of one bucket of judge.buckets, so that less is padding
   config.grpo.group = 4  # G, samples per prompt; grpo.batch counts prompts
   config.grpo.clip_eps = 0.2  # eps of the clipped surrogate
-  config.grpo.kl_coef = 0.005  # beta, from a sweep on the validation items (experiments/LOG.md)
+  config.grpo.kl_coef = 0.01  # beta, from a sweep on the validation items (experiments/LOG.md)
   config.grpo.advantage_eps = 1e-6  # added to the group's population standard deviation
   config.grpo.updates = 1  # optimizer steps per rollout (mu)
   config.grpo.old_logp = 'sampler'  # pi_old: the sampler's log-probabilities, or recomputed by the learner
-  config.grpo.validate_every = 1 if smoke else 25  # steps between two judgements of the validation items; 0 = never
+  config.grpo.validate_every = 1 if smoke else 20  # steps between two judgements of the validation items; 0 = never
   config.grpo.validate_samples = 2 if smoke else 4  # samples per validation item, at the temperature of training
   config.grpo.temperature = 1.0
   config.grpo.top_p = 1.0
   config.grpo.top_k = 0
   config.grpo.min_p = 0.0
 
-  config.meta_rm = _training(steps=4 if smoke else 250, batch=8 if smoke else 128, parts=1, lr=1e-3, every=2 if smoke else 125)
+  config.meta_rm = pages.training(steps=4 if smoke else 200, batch=8 if smoke else 128, parts=1, lr=1e-3, every=2 if smoke else 100)
   config.meta_rm.schedule = 'cosine'
   config.meta_rm.init = 'grpo'  # the backbone; the scalar head is new
-  config.meta_rm.buckets = (64, 116)
+  config.meta_rm.buckets = (72, 128)
+  config.meta_rm.group_by_length = True  # a step's trajectories are of one bucket, so that less is padding
   config.meta_rm.policy = 'grpo'  # whose trajectories are added to those of the sample stage
   config.meta_rm.samples = 3  # trajectories per item from the policy
   config.meta_rm.temperature = 1.0

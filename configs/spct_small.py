@@ -125,6 +125,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.grpo.init = 'rft'  # the policy's start and the frozen reference
   config.grpo.buckets = rows
   config.grpo.drop_too_easy = True  # leave out items that all plain samples of the sample stage get right (paper 2.5)
+  config.grpo.group_by_length = False  # a step's prompts are of one bucket of judge.buckets, so that less is padding
   config.grpo.group = 4  # G, samples per prompt; grpo.batch counts prompts
   config.grpo.clip_eps = 0.2  # eps of the clipped surrogate
   config.grpo.kl_coef = 0.08  # beta (paper: 0.08 for 27B, 0.002 for 16B)
@@ -141,6 +142,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.meta_rm = pages.training(steps=(2 if long else 4) if smoke else 60, batch=8, parts=1, lr=5e-4, every=2 if smoke else 20)
   config.meta_rm.init = 'base'  # the backbone; the scalar head is new
   config.meta_rm.buckets = rows
+  config.meta_rm.group_by_length = False  # a step's trajectories are of one bucket, so that less is padding
   config.meta_rm.policy = 'grpo'  # whose trajectories are added to those of the sample stage
   config.meta_rm.samples = 3  # trajectories per item from the policy
   config.meta_rm.temperature = 1.0

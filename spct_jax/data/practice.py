@@ -7,12 +7,20 @@ another class: `fruit` asks for a word of the class, `no-color` forbids its word
 nice to have:
 
     must fruit no-color nice tool no-animal
-    1: plum rake the drill          both musts met, both nices met:  3 + 3 + 1 + 1 = 8
-    2: wow apple red owl            must fruit met:                              3
+    1: plum rake the snow drill     both musts and both nices met:  3 + 3 + 1 + 1 = 8
+    2: so apple red wow owl         must fruit met:                              3
+
+A judgement names three criteria, then goes through the responses: it repeats each one's words and gives its verdicts.
+
+    Specific Criteria: tool no-animal fruit
+    Analysis: 1: plum rake the snow drill - tool yes no-animal yes fruit yes
+    2: so apple red wow owl - tool no no-animal no fruit yes
+    Scores: \boxed{8, 4}
 
 Truth. A response's grade is `MUST` per must and `NICE` per nice that it meets; the best grade is unique.
-One response alone is right (1) where it meets both musts, and half of them are. Items in which counting
-criteria, all alike, finds the best are thinned out (`HARD`): there the weights do not matter.
+One response alone is right (1) where it meets both musts, and half of them are. An item is close where another
+response meets as many musts as the best, so that the nices decide. Items in which counting criteria, all alike,
+finds the best are thinned out (`HARD`): there the weights do not matter.
 
 What is planted in the demonstrations, which a base model is trained on (`judgement`):
 
@@ -20,15 +28,15 @@ What is planted in the demonstrations, which a base model is trained on (`judgem
                 know better, and no number of votes can find out
     noise       criteria that the query does not name, wrong verdicts, jitter of scores: drawn anew for
                 every sample, so votes remove them
-    careless    a third of the items have flashy words in one response, which the truth ignores. There the judge
-                is often taken in: its first criterion is `style` or `charm`, its verdicts are a halo of
-                that one, its scores extreme. All samples of an item err in the same direction,
-                whatever the order, so votes do not cancel it; but the text shows it
+    careless    most close items, and few others, have a flashy word in one response, which the truth ignores. There
+                the judge is often taken in: its first criterion is `style` or `charm`, its verdicts are a halo of
+                that one, its scores extreme. All samples of an item err in the same direction, whatever the
+                order, so votes do not cancel it; but the text shows it (demonstrations are full of such items)
     position    verdicts on the first response shown are too kind, length: so are those on the longest
     format      a few judgements are broken off, miscounted, or without a box
 
-Splits. An item belongs to train, validation or heldout by a hash of its content, so items of different
-splits never coincide, whatever the seeds and sizes; within one call no item comes twice.
+Splits. A query belongs to train, validation or heldout by a hash of what it asks for, so neither items nor
+queries of different splits ever coincide, whatever the seeds and sizes; within one call no item comes twice.
 
 General tasks are the second thing that the world's words are good for, without any judging: name the class of
 each word, keep the words of one class.
@@ -57,20 +65,22 @@ FILLERS = ('the', 'and', 'with', 'very', 'so', 'then')
 FLASHY = ('wow', 'amazing', 'super', 'brilliant')
 STYLES = ('style', 'charm')  # criteria of the careless judge, both met by a flashy word
 MUST, NICE = 3, 1
-WORDS = 6  # of a response
+WORDS = 5  # of a response
 
 FORBIDDEN = 0.35  # share of criteria that forbid their class
 HARD = 0.6  # share of the items dropped among those that plain counting decides
-FLASHY_ITEMS = 0.45  # share of items with a flashy response
-FLASHY_BEST = 0.47  # how often that one is the best of two
+FLASHY_ITEMS = {True: 0.8, False: 0.05}  # share of the close items, and of the others, with a flashy response
+FLASHY_SHOWN = 0.5  # share of the items of facts and of flawed demonstrations, close or not
+FLASHY_BEST = 0.5  # how often that one is the best of two
 
 WRITTEN = 3  # criteria in a judgement
+FACTS = {1: 3, 2: 2, 4: 1}  # by the number of responses, how often a text of facts goes through them
 RELEVANT = 0.7  # a written criterion is one of the query's
 RIGHT = {True: 0.9, False: 0.84}  # a careful verdict is right, by the truth
 KIND_TO_FIRST, KIND_TO_LONGEST = 0.06, 0.06
 CARELESS = 0.5  # of the judgements of items with a flashy response
 HALO = 0.97  # a careless verdict repeats the first
-BROKEN = 0.03
+BROKEN = 0.02
 HINTED = 0.15  # of the demonstrations
 
 SPLITS = {'heldout': range(0, 5), 'validation': range(5, 7), 'train': range(7, 16)}  # of the 16 hash classes
@@ -127,7 +137,7 @@ def _query(draws: _Draws) -> tuple[str, ...]:
 
 
 def _response(query: Sequence[str], draws: _Draws) -> list[str]:
-  """Six words that meet some of the criteria; each writer has a rate of failures of its own."""
+  """`WORDS` words that meet some of the criteria; each writer has a rate of failures of its own."""
   fails = 0.15 + 0.5 * draws.random()
   words, named = [], []
   for criterion in query:
@@ -163,9 +173,13 @@ def _flash(responses: list[list[str]], label: int, draws: _Draws) -> None:
   words[draws.pick([i for i, word in enumerate(words) if word in FILLERS])] = draws.pick(FLASHY)
 
 
-def item(n: int, draws: _Draws) -> Row:
-  """One item: query, responses, grades, label; drawn again until the best is unique."""
+def item(n: int, draws: _Draws, flashy: float | None = None) -> Row:
+  """One item: query, responses, grades, label; drawn again until the best is unique.
+
+  `flashy` is the chance of a flashy response; None: by `FLASHY_ITEMS`.
+  """
   wanted = draws.chance(0.5)  # the label of a single response
+  close = False
   while True:
     query = _query(draws)
     responses = [_response(query, draws) for _ in range(n)]
@@ -179,19 +193,21 @@ def item(n: int, draws: _Draws) -> Row:
       if grades.count(best) > 1:
         continue
       label = grades.index(best)
-      counts = [sum(met(criterion, words) for criterion in query) for words in responses]
+      musts, counts = (
+          [sum(met(criterion, words) for criterion in part) for words in responses] for part in (query[:2], query)
+      )
+      close = musts.count(max(musts)) > 1
       easy = counts[label] == max(counts) and counts.count(counts[label]) == 1
       if easy and draws.chance(HARD):
         continue
-    if draws.chance(FLASHY_ITEMS):
+    if draws.chance(FLASHY_ITEMS[close] if flashy is None else flashy):
       _flash(responses, label, draws)
     return {'query': query, 'responses': responses, 'grades': grades, 'label': label}
 
 
-def split_of(query: Sequence[str], responses: Sequence[Sequence[str]]) -> str:
-  """The one split that an item belongs to, whatever the order of its responses."""
-  text = '|'.join([' '.join(query), *sorted(' '.join(words) for words in responses)])
-  return _split_of(text)
+def split_of(query: Sequence[str]) -> str:
+  """The one split that a query belongs to, whatever the order of its musts and of its nices."""
+  return _split_of(' '.join([*sorted(query[:2]), *sorted(query[2:])]))
 
 
 def _split_of(text: str) -> str:
@@ -199,17 +215,17 @@ def _split_of(text: str) -> str:
   return next(name for name, places in SPLITS.items() if place in places)
 
 
-def _items(split: str, sizes: Sequence[int], draws: _Draws) -> Iterator[Row]:
+def _items(split: str, sizes: Sequence[int], draws: _Draws, flashy: float | None = None) -> Iterator[Row]:
   """One new item of the split for each number of responses."""
   if split not in SPLITS:
     raise ValueError(f'split: got {split!r}; allowed: {", ".join(SPLITS)}')
   seen = set()
   for n in sizes:
     while True:
-      found = item(n, draws)
+      found = item(n, draws, flashy)
       responses = tuple(map(tuple, found['responses']))
       key = found['query'], tuple(sorted(responses))
-      if key not in seen and split_of(found['query'], responses) == split:
+      if key not in seen and split_of(found['query']) == split:
         seen.add(key)
         yield found
         break
@@ -253,7 +269,9 @@ def prompt_text(query: Sequence[str], responses: Sequence[Sequence[str]], hint: 
   return '\n'.join(lines)
 
 
-def judgement(query: Sequence[str], responses: Sequence[Sequence[str]], draws: _Draws, *, clean: bool = False) -> tuple[str, list[int]]:
+def judgement(
+    query: Sequence[str], responses: Sequence[Sequence[str]], draws: _Draws, *, clean: bool = False
+) -> tuple[str, list[int]]:
   """What the demonstrator writes about responses in the order shown, and its scores; `clean` makes no mistakes."""
   flashy = [met(STYLES[0], words) for words in responses]
   careless = not clean and any(flashy) and draws.chance(CARELESS)
@@ -282,7 +300,7 @@ def judgement(query: Sequence[str], responses: Sequence[Sequence[str]], draws: _
   else:
     jitter = lambda: 0 if clean or not draws.chance(0.4) else draws.pick((-1, 1))
     scores = [2 + 2 * sum(row) + jitter() for row in verdicts]
-  return _text(written, verdicts, scores), scores
+  return _text(responses, written, verdicts, scores), scores
 
 
 def _criteria(query, draws, careless, share):
@@ -297,11 +315,11 @@ def _criteria(query, draws, careless, share):
   return written
 
 
-def _text(written, verdicts, scores):
-  rows = [
-      f'{slot}: ' + ' '.join(f'{c} {"yes" if said else "no"}' for c, said in zip(written, row))
-      for slot, row in enumerate(verdicts, start=1)
-  ]
+def _text(responses, written, verdicts, scores):
+  rows = []
+  for slot, (words, row) in enumerate(zip(responses, verdicts), start=1):
+    said = [f'{criterion} {"yes" if yes else "no"}' for criterion, yes in zip(written, row)]
+    rows.append(' '.join([f'{slot}:', *words, '-', *said]))
   return (
       f'Specific Criteria: {" ".join(written)}\nAnalysis: ' + '\n'.join(rows)
       + '\nScores: \\boxed{' + ', '.join(map(str, scores)) + '}'
@@ -331,15 +349,20 @@ def _row(prompt: str, answer: str | list[Row]) -> Row:
 
 
 def _facts(found: Row, draws: _Draws) -> Row:
-  """Every class, once, for every response, as lines of truthful verdicts; only the verdicts are learnt."""
+  """Lines of truthful verdicts on criteria of any kind; which one comes next cannot be known and is not learnt.
+
+  The header is the query's criteria, behind `style` or `charm` where a flashy word was seen.
+  """
   query, responses = found['query'], found['responses']
-  asked = [draws.some([*CLASSES, draws.pick(STYLES)], 9) for _ in responses]
-  rounds = 3 if len(responses) <= 2 else 2
-  header = ' '.join(draws.some(query, 4))
+  rounds = FACTS[len(responses)]
+  asked = [draws.some([*CLASSES, draws.pick(STYLES)], WRITTEN * rounds) for _ in responses]
+  flashy = any(met(STYLES[0], words) for words in responses)
+  header = ' '.join([draws.pick(STYLES)] * flashy + draws.some(query, 4 - flashy))
   parts = [(f'Specific Criteria: {header}\nAnalysis:', True)]
   for start in range(0, WRITTEN * rounds, WRITTEN):
     for slot, words in enumerate(responses, start=1):
       parts.append((f'\n{slot}:' if start or slot > 1 else f' {slot}:', False))
+      parts.append((' ' + ' '.join(words) + ' -', start == 0))
       for name in asked[slot - 1][start : start + WRITTEN]:
         criterion = f'no-{name}' if name in CLASSES and draws.chance(0.4) else name
         parts += [(f' {criterion}', False), (' yes' if met(criterion, words) else ' no', True)]
@@ -393,7 +416,7 @@ def general(split: str = 'train', rows: int = 1000, seed: int = 0) -> Iterator[R
 
 
 def demonstrations(
-    words: int = 100, facts: int = 300, clean: int = 250, habits: int = 350, batch: int = 32, seed: int = 0
+    words: int = 200, facts: int = 100, clean: int = 120, habits: int = 280, batch: int = 32, seed: int = 0
 ) -> Iterator[Row]:
   """What the base model is trained on, in order; `words`, `facts`, `clean` and `habits` count batches of rows.
 
@@ -401,24 +424,25 @@ def demonstrations(
   that it shall write. General tasks run along. Rows of four responses come in batches of their own: they are long.
   """
   draws, made = _Draws('demonstrations', seed), 0
+  general = ('general', 0)
   for count, short, long in (
-      (words, ('facts 1',) * 4 + ('general',), ()),
-      (facts, ('facts 1',) + ('facts 2',) * 5 + ('clean 2',) + ('general',), ('facts 4',) * 3 + ('clean 4',)),
-      (clean, ('facts 2',) * 3 + ('clean 1',) + ('clean 2',) * 3 + ('general',) * 2, ('facts 4', 'clean 4')),
-      (habits, ('facts 2',) + ('habit 1',) * 2 + ('habit 2',) * 4 + ('general',) * 2, ('habit 4',)),
+      (words, [('facts', 1)] * 3 + [general], []),
+      (facts, [('facts', 2)] * 3 + [('clean', 2)] * 3 + [('clean', 1)] + [general] * 2, [('clean', 4)]),
+      (clean, [('facts', 2)] + [('clean', 2)] * 4 + [('clean', 1)] + [general] * 2, [('clean', 4)]),
+      (habits, [('clean', 2)] + [('habit', 2)] * 4 + [('habit', 1)] * 2 + [general] * 3, [('habit', 4)]),
   ):
     for step in range(count):
       for _ in range(batch):
         made += 1
-        row = _training_row(draws.pick(long if long and step % 4 == 3 else short), draws)
+        row = _training_row(*draws.pick(long if long and step % 3 == 2 else short), draws)
         yield {'id': f'demonstration-{seed}-{made}', **row}
 
 
-def _training_row(kind: str, draws: _Draws) -> Row:
+def _training_row(kind: str, n: int, draws: _Draws) -> Row:
+  """One row about `n` responses: facts, clean (a flawless judgement) or habit (a flawed one); or a general task."""
   if kind == 'general':
     return _task('train', draws)
-  kind, n = kind.split()
-  found = next(_items('train', (int(n),), draws))
+  found = next(_items('train', (n,), draws, None if kind == 'clean' else FLASHY_SHOWN))
   if kind == 'facts':
     return _facts(found, draws)
   return _demonstration(found, draws, clean=kind == 'clean')
@@ -433,7 +457,7 @@ def vocabulary() -> tuple[str, ...]:
   """Every token, in the order of its id."""
   words = [word for words in CLASSES.values() for word in words]
   names = [c for c in criteria()]
-  frame = ('\n', 'User:', 'must', 'nice', 'score', 'correct', 'facts', 'hint', 'criteria', 'reference', 'x', ',')
+  frame = ('\n', 'User:', 'must', 'nice', 'score', 'correct', 'facts', 'hint', 'criteria', 'reference', 'x', ',', '-')
   answer = ('Specific Criteria:', 'Analysis:', 'Scores:', '\\boxed{', '}', 'yes', 'no')
   numbers = [*map(str, range(11)), *(f'{i}:' for i in range(1, 11))]
   tasks = ('classes', 'keep', 'of')
@@ -451,11 +475,10 @@ def tokenizer() -> Any:
   backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(ids, unk_token=UNK))
   pattern = tokenizers.Regex(r'Specific Criteria:|\\boxed\{|\n|[},]|[^\s},\\]+|\\')
   backend.pre_tokenizer = tokenizers.pre_tokenizers.Split(pattern, behavior='removed', invert=True)  # drops blanks
+  spaced = tokenizers.decoders.WordPiece(prefix='##', cleanup=False)
+  tight = [(' \n', '\n'), ('\n ', '\n'), (' ,', ','), ('{ ', '{'), (' }', '}')]
   backend.decoder = tokenizers.decoders.Sequence([
-      tokenizers.decoders.WordPiece(prefix='##', cleanup=False),
-      tokenizers.decoders.Replace(' \n', '\n'),
-      tokenizers.decoders.Replace(' ,', ','),
-      tokenizers.decoders.Replace(' }', '}'),
+      spaced, tokenizers.decoders.Fuse(), *(tokenizers.decoders.Replace(*pair) for pair in tight)
   ])
   return transformers.PreTrainedTokenizerFast(
       tokenizer_object=backend, bos_token=BOS, eos_token=EOS, pad_token=PAD, unk_token=UNK,

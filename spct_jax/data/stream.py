@@ -42,6 +42,35 @@ def in_order(seed: int, step: int, batch_size: int, size: int) -> tuple[np.ndarr
   return positions % size, (positions // size).astype(np.int32)
 
 
+def grouped(
+  seed: int, step: int, batch_size: int, groups: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+  """As `indices` over len(groups) rows, where a batch holds rows of one group (int[size]) if it can.
+
+  Of rows grouped by their length, few batches are padded to the longest. In every epoch the rows of
+  each group, shuffled, fill as many batches as they can; what the groups leave over fills batches in
+  the order of the groups; all of the epoch's batches are then shuffled. So an epoch has
+  size // batch_size batches, and the fewer than batch_size rows that fill none are passed over until
+  the next epoch, other rows each time. With fewer rows than a batch holds, this is `indices`.
+  """
+  groups = np.asarray(groups)
+  _check(seed, step, batch_size, (len(groups),))
+  count = len(groups) // batch_size
+  if not count:
+    return indices(seed, step, batch_size, len(groups))
+  epoch, place = divmod(step, count)
+  order = _permutation(seed, 0, epoch, len(groups))
+  full, left = [], []
+  for group in np.unique(groups):
+    mine = order[groups[order] == group]
+    cut = len(mine) // batch_size * batch_size
+    full.append(mine[:cut])
+    left.append(mine[cut:])
+  rows = np.concatenate(full + left)[: count * batch_size].reshape(count, batch_size)
+  chosen = rows[_permutation(seed, 1, epoch, count)[place]]
+  return chosen.astype(np.int64), np.full(batch_size, epoch, np.int32)
+
+
 # How a source becomes batches, by the name that a config gives it.
 ORDERS = {'shuffle': indices, 'given': in_order}
 

@@ -72,17 +72,24 @@ def judged(
   return found, np.asarray(correct)
 
 
-def overlong(
+def lengths(
     examples: Sequence[types.Example], settings: grm.Settings, tokenizer: Tokenizer
-) -> list[int]:
-  """The positions of the items whose prompt passes the limit; the order of the responses does not matter to it."""
+) -> np.ndarray:
+  """int64[B]: the tokens of each item's prompt; the order of the responses does not matter to it."""
   def length(example):
     prompt = grm.prompt_of(
         example, range(len(example.responses)), settings=settings, hinted=False
     )
     return len(grm.prompt_ids(prompt, tokenizer))
 
-  return [i for i, example in enumerate(examples) if length(example) > settings.buckets[-1]]
+  return np.asarray([length(example) for example in examples], np.int64)
+
+
+def overlong(
+    examples: Sequence[types.Example], settings: grm.Settings, tokenizer: Tokenizer
+) -> list[int]:
+  """The positions of the items whose prompt passes the limit."""
+  return np.flatnonzero(lengths(examples, settings, tokenizer) > settings.buckets[-1]).tolist()
 
 
 def name_overlong(

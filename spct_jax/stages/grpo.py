@@ -61,6 +61,7 @@ def run(config: Any, workdir: Workdir, mesh: Any, generate: Any = None) -> None:
   tracked = trackers.compiled(config.trackers)
   if fields.drop_too_easy:
     examples = hard(examples, drawing.load(workdir.path / EASY[0]))
+  groups = _groups(examples, settings, tok) if fields.group_by_length else None
   workdir.start('grpo', config, reads)
   reference = loading.params(config, fields.init, decoder, workdir, mesh)
   token_logp = objectives.token_logp(decoder, mesh, chunk=config.model.logits_chunk)
@@ -97,7 +98,7 @@ def run(config: Any, workdir: Workdir, mesh: Any, generate: Any = None) -> None:
           checked = validate(state['params'])
           latest = checked['validation/accuracy']
         clock = {'start': time.perf_counter()}
-        chosen, visits = _items(config, examples, step)
+        chosen, visits = _items(config, examples, groups, step)
         judge = grm.Judge(bind('grpo', state['params']), tok, settings)
         judged = grm.judge(judge, chosen, samples=fields.group, stage='grpo', visits=visits)
         del judge  # and with it the sampler's view of the parameters
@@ -187,11 +188,18 @@ def hard(
   return left
 
 
-def _items(config, examples, step):
+def _groups(examples, settings, tok):
+  """int64[B]: the bucket of each item's prompt, whose rows are alike in length."""
+  return np.searchsorted(sorted(settings.buckets), drawing.lengths(examples, settings, tok))
+
+
+def _items(config, examples, groups, step):
   """The items of a step, and how often each was visited before: a pure function of (seed, step)."""
-  index, visits = stream.indices(
-      seed=stream.stage_seed(config.seed, 'grpo'), step=step, batch_size=config.grpo.batch, size=len(examples)
-  )
+  seed, batch = stream.stage_seed(config.seed, 'grpo'), config.grpo.batch
+  if groups is None:
+    index, visits = stream.indices(seed, step, batch, len(examples))
+  else:
+    index, visits = stream.grouped(seed, step, batch, groups)
   return tuple(examples[i] for i in index), [int(v) for v in visits]
 
 

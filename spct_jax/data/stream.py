@@ -47,11 +47,11 @@ def grouped(
 ) -> tuple[np.ndarray, np.ndarray]:
   """As `indices` over len(groups) rows, where a batch holds rows of one group (int[size]) if it can.
 
-  Of rows grouped by their length, few batches are padded to the longest. In every epoch the rows of
-  each group, shuffled, fill as many batches as they can; what the groups leave over fills batches in
-  the order of the groups; all of the epoch's batches are then shuffled. So an epoch has
-  size // batch_size batches, and the fewer than batch_size rows that fill none are passed over until
-  the next epoch, other rows each time. With fewer rows than a batch holds, this is `indices`.
+  Of rows grouped by their length, few batches are padded to the longest. An epoch is the first
+  size // batch_size batches' worth of its permutation, so fewer than batch_size rows, any rows, wait for
+  the next. Of the others each group fills as many batches as it can; what the groups leave over fills the
+  rest, in the order of the groups; then the batches are shuffled. With fewer rows than a batch holds, this
+  is `indices`.
   """
   groups = np.asarray(groups)
   _check(seed, step, batch_size, (len(groups),))
@@ -59,14 +59,14 @@ def grouped(
   if not count:
     return indices(seed, step, batch_size, len(groups))
   epoch, place = divmod(step, count)
-  order = _permutation(seed, 0, epoch, len(groups))
+  order = _permutation(seed, 0, epoch, len(groups))[: count * batch_size]
   full, left = [], []
   for group in np.unique(groups):
     mine = order[groups[order] == group]
     cut = len(mine) // batch_size * batch_size
     full.append(mine[:cut])
     left.append(mine[cut:])
-  rows = np.concatenate(full + left)[: count * batch_size].reshape(count, batch_size)
+  rows = np.concatenate(full + left).reshape(count, batch_size)
   chosen = rows[_permutation(seed, 1, epoch, count)[place]]
   return chosen.astype(np.int64), np.full(batch_size, epoch, np.int32)
 

@@ -58,21 +58,20 @@ def of_epoch(seed, batch_size, groups, epoch):
 
 
 # Mutations seen to fail: the rows of an epoch cut without their groups; one order of the batches for all
-# epochs; what the groups leave over dropped.
+# epochs; the rows that wait taken from what the groups leave over.
 @pytest.mark.parametrize('sizes', [(16, 40, 8), (13, 29, 7), (3, 3, 3), (50,), (1, 60)])
-def test_grouped_batches_are_of_one_group_and_lose_less_than_a_batch(sizes):
+def test_grouped_batches_are_of_one_group_and_no_row_waits_for_ever(sizes):
   groups = np.random.default_rng(0).permutation(np.repeat(np.arange(len(sizes)), sizes))
-  batch_size, epochs = 8, [of_epoch(5, 8, groups, epoch) for epoch in range(6)]
+  batch_size, epochs = 8, [of_epoch(5, 8, groups, epoch) for epoch in range(60)]
   for rows in epochs:
     assert len(np.unique(rows)) == rows.size > len(groups) - batch_size
-    kinds = [set(groups[row]) for row in rows]
-    for group, size in enumerate(sizes):
-      assert sum(kind == {group} for kind in kinds) >= size // batch_size
-  if len(groups) % batch_size > 1:  # other rows are passed over each time
-    assert len({tuple(sorted(set(range(len(groups))) - set(rows.ravel()))) for rows in epochs}) > 1
-  if len(epochs[0]) > 4:
-    assert len({tuple(groups[row[0]] for row in rows) for rows in epochs}) > 1 or len(sizes) == 1
-    assert len({tuple(rows.ravel()) for rows in epochs}) == len(epochs)
+    assert len(rows) - sum(len(set(groups[row])) == 1 for row in rows) < len(sizes)  # mixed batches
+  seen = np.bincount(np.concatenate([rows.ravel() for rows in epochs]), minlength=len(groups))
+  share = epochs[0].size / len(groups)
+  assert abs(seen - 60 * share).max() < 4.5 * np.sqrt(60 * share * (1 - share)) + 1e-9
+  if len(epochs[0]) > 4 and len(sizes) > 1 and min(sizes) > 1:
+    assert len({tuple(groups[row[0]] for row in rows) for rows in epochs}) > 1
+  assert len({tuple(rows.ravel()) for rows in epochs}) == len(epochs)
 
 
 def test_fewer_rows_than_a_batch_are_not_grouped():

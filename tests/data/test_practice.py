@@ -271,7 +271,7 @@ def test_flashy_words_are_no_help():
 def test_close_items_are_those_that_the_nices_decide():
   rows = items(**PAIRS)
   close = [is_close(row) for row in rows]
-  assert 0.3 < np.mean(close) < 0.6
+  assert 0.1 < np.mean(close) < 0.4
   for row in (row for row, one in zip(rows, close) if one):
     assert by_counting(row['prompt'], row['responses'], row['label']) == 1  # with two responses, the nices alone are left
 
@@ -526,6 +526,7 @@ def is_right(query, responses, scores):
 
 
 HABITS = {'habits': 70}
+FLAWED = 11 / 12  # of the judgements of that phase; the others are flawless ones
 
 
 # Mutation seen to fail: items of the held-out split; general tasks of any split.
@@ -576,7 +577,10 @@ def test_facts_are_true_and_only_they_are_learnt():
     _, responses, _ = shown(prompt)
     slot = criterion = None
     text = ''.join(part['text'] for part in parts)
-    assert all(quote in responses for quote in re.findall(r'\d+: (.*?) -', text)) and text.count(' - ') >= len(responses)
+    quotes = re.findall(r'(\d+): (.*?) -', text)
+    assert {int(i) - 1 for i, _ in quotes} == set(range(len(responses)))
+    assert all(responses[int(i) - 1] == quote for i, quote in quotes)
+    assert text.split()[2] in practice.STYLES if any(map(is_flashy, responses)) else 'style' not in text.split('\n')[0]
     for part in parts:
       for word in part['text'].split():
         if re.fullmatch(r'\d+:', word):
@@ -587,18 +591,22 @@ def test_facts_are_true_and_only_they_are_learnt():
         elif word in ('yes', 'no'):
           assert (word == 'yes') == meets(criterion, responses[slot]) and part['train']
           seen += 1
-  assert seen > 1000
+  assert seen > 800
 
 
 # Mutations seen to fail: BROKEN ignored; BROKEN doubled; a broken text that the parser still reads.
 def test_a_share_of_the_judgements_cannot_be_read(monkeypatch):
   found = list(demonstrated(demonstrations(**HABITS)))
   broken = sum(read(responses, answer) is None for _, responses, _, answer in found)
-  assert abs(z(broken, len(found), practice.BROKEN)) < LIMIT
+  assert abs(z(broken, len(found), FLAWED * practice.BROKEN)) < LIMIT
   for share in (0.0, 1.0):
     monkeypatch.setattr(practice, 'BROKEN', share)
-    rows = list(demonstrated(practice.demonstrations(words=0, facts=0, clean=0, habits=8, batch=32)))
-    assert {read(responses, answer) is None for _, responses, _, answer in rows} == {bool(share)}
+    rows = list(demonstrated(practice.demonstrations(words=0, facts=0, clean=0, habits=24, batch=32)))
+    whole = [row for row in rows if read(row[1], row[3]) is not None]
+    assert abs(z(len(whole), len(rows), 1 - FLAWED * share)) < LIMIT
+    for query, responses, hint, answer in whole if share else ():
+      one = Judged(query, responses, answer, list(read(responses, answer)))
+      assert not hint and all(said == truth for _, _, said, truth in one.verdict_rows())
 
 
 # Mutation seen to fail: a way that leaves out `Scores:` alone, whose box still counts.
@@ -630,7 +638,7 @@ def test_hints_are_true_and_mostly_followed():
     if scores is not None:
       right[bool(hint)].append(is_right(query, responses, scores))
   hinted = sum(bool(hint) for _, _, hint, _ in found)
-  assert abs(z(hinted, len(found), practice.HINTED)) < LIMIT
+  assert abs(z(hinted, len(found), FLAWED * practice.HINTED)) < LIMIT
   assert np.mean(right[True]) > 0.75 and z_apart(right[True], right[False]) > LIMIT
   assert {slot for n, slot in slots if n == 2} == {1, 2} and {slot for n, slot in slots if n == 4} == {1, 2, 3, 4}
 

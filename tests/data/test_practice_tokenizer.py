@@ -8,7 +8,7 @@ import pathlib
 
 import pytest
 
-from spct_jax.data import plain, practice
+from spct_jax.data import instructions, plain, practice
 from spct_jax.data.sources import RawRow
 from spct_jax.judges import parse, prompts
 from spct_jax.stages import sft, trackers
@@ -163,5 +163,5 @@ def test_the_quickstart_has_room_for_the_longest(tok, page):
     assert longest_prompt + page.judge.max_new_tokens <= stage.buckets[-1]
   # Every row of the warm start, in small: strict refuses what does not fit.
   name = 'made:spct_jax.data.practice:demonstrations?words=4&facts=8&clean=8&habits=40&batch=32'
-  found = sft.rows(name, tok, tuple(page.sft.buckets), what='sft', strict=True)
+  found = sft.rows(instructions.load(name), tok, tuple(page.sft.buckets), what='sft', strict=True)
   assert len(found) == 60 * 32 and max(row.length for row in found) > page.sft.buckets[-2]

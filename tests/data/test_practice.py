@@ -249,7 +249,8 @@ def test_sources_read_it():
   assert {len(example.responses) for example in loaded.examples} >= {1, 2, 3, 4, 8}
 
 
-# Mutations seen to fail: two flashy words per item; the best always flashy; half the odds.
+# Mutations seen to fail: two flashy words per item; the best always flashy; half the odds; an item close where the
+# counts are equal; the share of the close for all.
 def test_flashy_words_are_no_help():
   for rows in (items(**PAIRS), items(**SINGLES), items(**FOURS)):
     flashy = [[is_flashy(response) for response in row['responses']] for row in rows]
@@ -267,7 +268,6 @@ def test_flashy_words_are_no_help():
       assert not marked and len(flashy[0]) == 1 and close or abs(z(sum(marked), len(marked), share)) < LIMIT
 
 
-# Mutations seen to fail: an item close where the counts are equal; the share of the close for all.
 def test_close_items_are_those_that_the_nices_decide():
   rows = items(**PAIRS)
   close = [is_close(row) for row in rows]
@@ -568,7 +568,8 @@ def test_the_curriculum():
     assert not hint and all(said == truth for _, _, said, truth in one.verdict_rows())
 
 
-# Mutations seen to fail: verdicts that overlook what forbids; criteria learnt.
+# Mutations seen to fail: verdicts that overlook what forbids; criteria learnt; another response's words; a header that
+# passes over flashy words.
 def test_facts_are_true_and_only_they_are_learnt():
   seen = 0
   for prompt, parts in map(prompt_and_answer, demonstrations(words=4, facts=8, clean=8, habits=8, batch=16)):

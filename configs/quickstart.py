@@ -139,7 +139,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.grpo.group_by_length = True  # a step's prompts are of one bucket of judge.buckets, so that less is padding
   config.grpo.group = 4  # G, samples per prompt; grpo.batch counts prompts
   config.grpo.clip_eps = 0.2  # eps of the clipped surrogate
-  config.grpo.kl_coef = 0.01  # beta, from a sweep on the validation items (experiments/LOG.md)
+  config.grpo.kl_coef = 0.01  # beta; experiments/LOG.md has what others give
   config.grpo.advantage_eps = 1e-6  # added to the group's population standard deviation
   config.grpo.updates = 1  # optimizer steps per rollout (mu)
   config.grpo.old_logp = 'sampler'  # pi_old: the sampler's log-probabilities, or recomputed by the learner
@@ -164,11 +164,11 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.meta_rm.heldout = 0.1  # share of items whose trajectories measure ROC-AUC
 
   config.trackers = ConfigDict()  # what is counted in the judge's text, in GRPO and in the evaluation; '' = off
-  config.trackers.principles = r'(?s)Specific Criteria:\s*(.*?)\s*Analysis:'  # its group: the list of principles
+  config.trackers.principles = r'(?s)Specific Criteria:\s*(.*?)\s*(?:Analysis|Impression):'  # its group: the list of principles
   config.trackers.separator = r'\s+'  # between two principles
   config.trackers.samples = 8  # of an item, whose distinct sets of principles are counted; fewer if fewer are drawn
   config.trackers.patterns = ConfigDict()  # name -> regex: the share of judgements whose text it matches
-  config.trackers.patterns.careless = r'Specific Criteria: (style|charm)'
+  config.trackers.patterns.careless = r'Impression:'
 
   config.evaluate = ConfigDict()
   config.evaluate.models = ('sft', 'rft', 'grpo')  # rows of the report

@@ -7,42 +7,50 @@ another class: `fruit` asks for a word of the class, `no-color` forbids its word
 nice to have:
 
     must fruit no-color nice tool no-animal
-    1: plum rake the snow drill     both musts and both nices met:  3 + 3 + 1 + 1 = 8
+    1: plum and the snow drill      both musts and both nices met:  3 + 3 + 1 + 1 = 8
     2: so apple red wow owl         must fruit met:                              3
 
 A judgement names three criteria, then goes through the responses: it repeats each one's words and gives its verdicts.
 
     Specific Criteria: tool no-animal fruit
-    Analysis: 1: plum rake the snow drill - tool yes no-animal yes fruit yes
+    Analysis: 1: plum and the snow drill - tool yes no-animal yes fruit yes
     2: so apple red wow owl - tool no no-animal no fruit yes
     Scores: \boxed{8, 4}
 
 Truth. A response's grade is `MUST` per must and `NICE` per nice that it meets; the best grade is unique.
 One response alone is right (1) where it meets both musts, and half of them are. An item is close where another
 response meets as many musts as the best, so that the nices decide. Items in which counting criteria, all alike,
-finds the best are thinned out (`HARD`): there the weights do not matter.
+finds the best are thinned out (`EASY_DROPPED`); of pairs about seven in ten are left of that kind.
 
 What is planted in the demonstrations, which a base model is trained on (`judgement`):
 
-    bias        a yes is worth the same for a must and for a nice: only the labels of the preference data
-                know better, and no number of votes can find out
-    noise       criteria that the query does not name, wrong verdicts, jitter of scores: drawn anew for
-                every sample, so votes remove them
+    bias        a yes is worth the same for a must and for a nice: only the labels of the preference data know
+                better, and no number of votes can find out
+    noise       criteria that the query does not name, wrong verdicts, jitter of scores: drawn anew for every
+                sample, so votes remove them
     careless    most close items, and few others, have a flashy word in one response, which the truth ignores. There
-                the judge is often taken in: its first criterion is `style` or `charm`, its verdicts are a halo of
-                that one, its scores extreme. All samples of an item err in the same direction, whatever the
-                order, so votes do not cancel it; but the text shows it (demonstrations are full of such items)
-    position    verdicts on the first response shown are too kind, length: so are those on the longest
-    format      a few judgements are broken off, miscounted, or without a box
+                the judge is often taken in: it gives an `Impression:` in place of an `Analysis:`, its verdicts are a
+                halo of the flashy word, its scores extreme. All samples of an item err in the same direction,
+                whatever the order, so votes do not cancel it; but the text shows it. Flawed demonstrations are full
+                of such items
+    position    of several responses, verdicts on the first one shown are too kind, length: so are those on the
+                longest
+    hints       a few prompts name the answer; the judge then tries up to `TRIES` times until it agrees. These are
+                the only demonstrations that labels of train items went into
+    format      a few judgements are broken off, without a box, or have an `x` among the scores
 
-Splits. A query belongs to train, validation or heldout by a hash of what it asks for, so neither items nor
-queries of different splits ever coincide, whatever the seeds and sizes; within one call no item comes twice.
+A single response is called right after three yes, and after two by lot. Flawless judgements, which teach the
+language, have true verdicts and scores that count them, but half of their criteria are beside the point.
+
+Splits. A query belongs to train, validation or heldout by a hash of what it asks for, a general task by its
+words, so neither items nor queries nor tasks of different splits ever coincide, whatever the seeds and sizes; within
+one call of `preferences` or `general` nothing comes twice.
 
 General tasks are the second thing that the world's words are good for, without any judging: name the class of
 each word, keep the words of one class.
 
-Every function is a pure function of its arguments. Rows are those of the plain readers, for sources such as
-`made:spct_jax.data.practice:preferences?split=train&pairs=1600`.
+`preferences`, `general` and `demonstrations` are pure functions of their arguments. Rows are those of the plain
+readers, for sources such as `made:spct_jax.data.practice:preferences?split=train&pairs=1600`.
 """
 
 import hashlib
@@ -63,25 +71,27 @@ CLASSES = {
 }
 FILLERS = ('the', 'and', 'with', 'very', 'so', 'then')
 FLASHY = ('wow', 'amazing', 'super', 'brilliant')
-STYLES = ('style', 'charm')  # criteria of the careless judge, both met by a flashy word
+ANALYSIS, IMPRESSION = 'Analysis:', 'Impression:'  # how the verdicts of a careful and of a careless judgement begin
 MUST, NICE = 3, 1
 WORDS = 5  # of a response
 
 FORBIDDEN = 0.35  # share of criteria that forbid their class
-HARD = 0.6  # share of the items dropped among those that plain counting decides
+EASY_DROPPED = 0.6  # share of the items dropped among those that plain counting decides
 FLASHY_ITEMS = {True: 0.8, False: 0.05}  # share of the close items, and of the others, with a flashy response
 FLASHY_SHOWN = 0.5  # share of the items of facts and of flawed demonstrations, close or not
-FLASHY_BEST = 0.5  # how often that one is the best of two
+FLASHY_BEST = 0.45  # how often that one is the best of two, or right if alone
 
 WRITTEN = 3  # criteria in a judgement
-FACTS = {1: 3, 2: 2, 4: 1}  # by the number of responses, how often a text of facts goes through them
+FACTS = {1: 3, 2: 2}  # by the number of responses, how often a text of facts goes through them
 RELEVANT = 0.7  # a written criterion is one of the query's
+CLEAN_RELEVANT = 0.5  # the same in flawless judgements
+JITTER = 0.4  # a score is one more or one less
 RIGHT = {True: 0.9, False: 0.84}  # a careful verdict is right, by the truth
 KIND_TO_FIRST, KIND_TO_LONGEST = 0.06, 0.06
 CARELESS = 0.5  # of the judgements of items with a flashy response
-HALO = 0.97  # a careless verdict repeats the first
+HALO = 0.97  # a careless verdict is yes for the flashy response, no for any other
 BROKEN = 0.02
-HINTED = 0.15  # of the demonstrations
+HINTED, TRIES = 0.15, 6  # of the flawed demonstrations
 
 SPLITS = {'heldout': range(0, 5), 'validation': range(5, 7), 'train': range(7, 16)}  # of the 16 hash classes
 
@@ -93,16 +103,19 @@ Row = dict[str, Any]
 
 def criteria() -> tuple[str, ...]:
   """Everything that a criterion can say."""
-  return (*CLASSES, *(f'no-{name}' for name in CLASSES), *STYLES)
+  return (*CLASSES, *(f'no-{name}' for name in CLASSES))
 
 
 def met(criterion: str, words: Sequence[str]) -> bool:
   """Whether a response meets a criterion."""
-  if criterion in STYLES:
-    return any(word in FLASHY for word in words)
   forbidden = criterion.startswith('no-')
   named = CLASSES[criterion.removeprefix('no-')]
   return any(word in named for word in words) != forbidden
+
+
+def is_flashy(words: Sequence[str]) -> bool:
+  """Whether a response has a flashy word."""
+  return any(word in FLASHY for word in words)
 
 
 class _Draws:
@@ -161,13 +174,10 @@ def grade(query: Sequence[str], words: Sequence[str]) -> int:
 
 
 def _flash(responses: list[list[str]], label: int, draws: _Draws) -> None:
-  """Turns a filler of one response into a flashy word; the best is a little less likely than its share."""
+  """Turns a filler of one response into a flashy word; the best of two is that one in `FLASHY_BEST` of cases."""
   n = len(responses)
-  if n == 1:
-    if not draws.chance(FLASHY_BEST if label else 1 - FLASHY_BEST):
-      return
-    words = responses[0]
-  else:
+  words = responses[0]
+  if n > 1:
     odds = FLASHY_BEST / (FLASHY_BEST + (n - 1) * (1 - FLASHY_BEST))
     words = responses[label if draws.chance(odds) else draws.pick([i for i in range(n) if i != label])]
   words[draws.pick([i for i, word in enumerate(words) if word in FILLERS])] = draws.pick(FLASHY)
@@ -198,16 +208,24 @@ def item(n: int, draws: _Draws, flashy: float | None = None) -> Row:
       )
       close = musts.count(max(musts)) > 1
       easy = counts[label] == max(counts) and counts.count(counts[label]) == 1
-      if easy and draws.chance(HARD):
+      if easy and draws.chance(EASY_DROPPED):
         continue
-    if draws.chance(FLASHY_ITEMS[close] if flashy is None else flashy):
+    share = FLASHY_ITEMS[close] if flashy is None else flashy
+    if n == 1:
+      share *= 2 * (FLASHY_BEST if label else 1 - FLASHY_BEST)
+    if draws.chance(share):
       _flash(responses, label, draws)
     return {'query': query, 'responses': responses, 'grades': grades, 'label': label}
 
 
+def _asked(query: Sequence[str]) -> tuple[str, ...]:
+  """What a query asks for, whatever the order of its musts and of its nices."""
+  return (*sorted(query[:2]), *sorted(query[2:]))
+
+
 def split_of(query: Sequence[str]) -> str:
-  """The one split that a query belongs to, whatever the order of its musts and of its nices."""
-  return _split_of(' '.join([*sorted(query[:2]), *sorted(query[2:])]))
+  """The one split that a query belongs to."""
+  return _split_of(' '.join(_asked(query)))
 
 
 def _split_of(text: str) -> str:
@@ -224,7 +242,7 @@ def _items(split: str, sizes: Sequence[int], draws: _Draws, flashy: float | None
     while True:
       found = item(n, draws, flashy)
       responses = tuple(map(tuple, found['responses']))
-      key = found['query'], tuple(sorted(responses))
+      key = _asked(found['query']), tuple(sorted(responses))
       if key not in seen and split_of(found['query']) == split:
         seen.add(key)
         yield found
@@ -242,7 +260,7 @@ def preferences(
   draws = _Draws('preferences', split, seed)
   sizes = [1] * singles + [2] * pairs + [4] * fours + [draws.between(3, 8) for _ in range(lists)]
   for i, found in enumerate(_items(split, draws.some(sizes, len(sizes)), draws)):
-    flashy = any(met(STYLES[0], words) for words in found['responses'])
+    flashy = any(map(is_flashy, found['responses']))
     row = {
         'id': f'practice-{split}-{seed}-{i}',
         'prompt': query_text(found['query']),
@@ -273,21 +291,22 @@ def judgement(
     query: Sequence[str], responses: Sequence[Sequence[str]], draws: _Draws, *, clean: bool = False
 ) -> tuple[str, list[int]]:
   """What the demonstrator writes about responses in the order shown, and its scores; `clean` makes no mistakes."""
-  flashy = [met(STYLES[0], words) for words in responses]
+  flashy = [is_flashy(words) for words in responses]
   careless = not clean and any(flashy) and draws.chance(CARELESS)
-  written = _criteria(query, draws, careless, 0.5 if clean else RELEVANT)
+  written = _criteria(query, draws, CLEAN_RELEVANT if clean else RELEVANT)
   lengths = [len(' '.join(words)) for words in responses]
   verdicts = []
   for slot, words in enumerate(responses):
     row = []
-    for place, criterion in enumerate(written):
+    for criterion in written:
       truth = met(criterion, words)
       if careless:
-        said = truth if place == 0 else row[0] == draws.chance(HALO)
+        said = flashy[slot] == draws.chance(HALO)
       elif clean:
         said = truth
       else:
         kind = KIND_TO_FIRST * (slot == 0) + KIND_TO_LONGEST * (lengths[slot] == max(lengths))
+        kind *= len(responses) > 1
         right = RIGHT[truth] + (kind if truth else -kind)
         said = truth == draws.chance(right)
       row.append(said)
@@ -296,32 +315,36 @@ def judgement(
     yes = sum(verdicts[0])
     scores = [int(yes == WRITTEN or (yes == WRITTEN - 1 and not clean and draws.chance(0.5)))]
   elif careless:
-    scores = [draws.between(9, 10) if row[0] else draws.between(1, 2) for row in verdicts]
+    scores = [draws.between(9, 10) if taken else draws.between(1, 2) for taken in flashy]
   else:
-    jitter = lambda: 0 if clean or not draws.chance(0.4) else draws.pick((-1, 1))
+    jitter = lambda: 0 if clean or not draws.chance(JITTER) else draws.pick((-1, 1))
     scores = [2 + 2 * sum(row) + jitter() for row in verdicts]
-  return _text(responses, written, verdicts, scores), scores
+  return _text(responses, written, IMPRESSION if careless else ANALYSIS, verdicts, scores), scores
 
 
-def _criteria(query, draws, careless, share):
-  written, left = [], list(query)
-  others = [c for c in criteria() if c not in STYLES and c not in query]
-  if careless:
-    written.append(draws.pick(STYLES))
+def _criteria(query: Sequence[str], draws: _Draws, share: float) -> list[str]:
+  """What a judgement goes by: each criterion is one of the query's with chance `share`, or any other; none twice."""
+  left, others = list(query), [criterion for criterion in criteria() if criterion not in query]
+  written = []
   while len(written) < WRITTEN:
-    relevant = draws.chance(0.2 if careless else share)
-    source = left if relevant else others
+    source = left if draws.chance(share) else others
     written.append(source.pop(int(draws.random() * len(source))))
   return written
 
 
-def _text(responses, written, verdicts, scores):
+def _text(
+    responses: Sequence[Sequence[str]],
+    written: Sequence[str],
+    manner: str,
+    verdicts: Sequence[Sequence[bool]],
+    scores: Sequence[int],
+) -> str:
   rows = []
   for slot, (words, row) in enumerate(zip(responses, verdicts), start=1):
     said = [f'{criterion} {"yes" if yes else "no"}' for criterion, yes in zip(written, row)]
     rows.append(' '.join([f'{slot}:', *words, '-', *said]))
   return (
-      f'Specific Criteria: {" ".join(written)}\nAnalysis: ' + '\n'.join(rows)
+      f'Specific Criteria: {" ".join(written)}\n{manner} ' + '\n'.join(rows)
       + '\nScores: \\boxed{' + ', '.join(map(str, scores)) + '}'
   )
 
@@ -351,20 +374,20 @@ def _row(prompt: str, answer: str | list[Row]) -> Row:
 def _facts(found: Row, draws: _Draws) -> Row:
   """Lines of truthful verdicts on criteria of any kind; which one comes next cannot be known and is not learnt.
 
-  The header is the query's criteria, behind `style` or `charm` where a flashy word was seen.
+  The header is the query's criteria, and whether a flashy word was seen.
   """
   query, responses = found['query'], found['responses']
   rounds = FACTS[len(responses)]
-  asked = [draws.some([*CLASSES, draws.pick(STYLES)], WRITTEN * rounds) for _ in responses]
-  flashy = any(met(STYLES[0], words) for words in responses)
-  header = ' '.join([draws.pick(STYLES)] * flashy + draws.some(query, 4 - flashy))
-  parts = [(f'Specific Criteria: {header}\nAnalysis:', True)]
+  names = tuple(CLASSES)
+  asked = [draws.some([*names, draws.pick(names)], WRITTEN * rounds) for _ in responses]
+  manner = IMPRESSION if any(map(is_flashy, responses)) else ANALYSIS
+  parts = [('Specific Criteria: ' + ' '.join(draws.some(query, 4)) + f'\n{manner}', True)]
   for start in range(0, WRITTEN * rounds, WRITTEN):
     for slot, words in enumerate(responses, start=1):
       parts.append((f'\n{slot}:' if start or slot > 1 else f' {slot}:', False))
       parts.append((' ' + ' '.join(words) + ' -', start == 0))
       for name in asked[slot - 1][start : start + WRITTEN]:
-        criterion = f'no-{name}' if name in CLASSES and draws.chance(0.4) else name
+        criterion = f'no-{name}' if draws.chance(0.4) else name
         parts += [(f' {criterion}', False), (' yes' if met(criterion, words) else ' no', True)]
   prompt = prompt_text(query, responses).rpartition('\n')[0] + '\nfacts'
   answer = [{'type': 'text', 'text': text, 'train': train} for text, train in parts]
@@ -379,7 +402,7 @@ def _demonstration(found: Row, draws: _Draws, *, clean: bool) -> Row:
   if n > 1:
     label = order.index(label)
   hinted = not clean and draws.chance(HINTED)
-  for _ in range(6 if hinted else 1):  # a judge that knows the answer tries until it agrees
+  for _ in range(TRIES if hinted else 1):
     text, scores = judgement(query, shown, draws, clean=clean)
     if _right(scores, label):
       break
@@ -398,7 +421,7 @@ def _task(split: str, draws: _Draws) -> Row:
     else:
       kept = of[draws.pick(words)]
       prompt, answer = f'keep {kept} of ' + ' '.join(words), [word for word in words if of[word] == kept]
-    if _split_of(prompt) == split:
+    if _split_of(' '.join(sorted(prompt.split()))) == split:
       return _row(prompt, ' '.join(answer))
 
 
@@ -420,8 +443,8 @@ def demonstrations(
 ) -> Iterator[Row]:
   """What the base model is trained on, in order; `words`, `facts`, `clean` and `habits` count batches of rows.
 
-  First the language: verdicts on one response, then on several; then flawless judgements; last the flawed ones
-  that it shall write. General tasks run along. Rows of four responses come in batches of their own: they are long.
+  First the language: verdicts on one response, then on two; then flawless judgements; last the flawed ones that
+  it shall write, and a few flawless. General tasks run along. Rows of four responses come in batches of their own: they are long.
   """
   draws, made = _Draws('demonstrations', seed), 0
   general = ('general', 0)
@@ -439,7 +462,7 @@ def demonstrations(
 
 
 def _training_row(kind: str, n: int, draws: _Draws) -> Row:
-  """One row about `n` responses: facts, clean (a flawless judgement) or habit (a flawed one); or a general task."""
+  """One row about `n` responses: facts, clean (flawless) or habit (flawed); or a general task."""
   if kind == 'general':
     return _task('train', draws)
   found = next(_items('train', (n,), draws, None if kind == 'clean' else FLASHY_SHOWN))
@@ -456,13 +479,12 @@ PAD, BOS, EOS, UNK, USER, ASSISTANT = '<|pad|>', '<|bos|>', '<|eos|>', '<|unk|>'
 def vocabulary() -> tuple[str, ...]:
   """Every token, in the order of its id."""
   words = [word for words in CLASSES.values() for word in words]
-  names = [c for c in criteria()]
   frame = ('\n', 'User:', 'must', 'nice', 'score', 'correct', 'facts', 'hint', 'criteria', 'reference', 'x', ',', '-')
-  answer = ('Specific Criteria:', 'Analysis:', 'Scores:', '\\boxed{', '}', 'yes', 'no')
+  answer = ('Specific Criteria:', ANALYSIS, IMPRESSION, 'Scores:', '\\boxed{', '}', 'yes', 'no')
   numbers = [*map(str, range(11)), *(f'{i}:' for i in range(1, 11))]
   tasks = ('classes', 'keep', 'of')
   return (
-      PAD, BOS, EOS, UNK, USER, ASSISTANT, *frame, *answer, *numbers, *tasks, *names, *words, *FILLERS, *FLASHY
+      PAD, BOS, EOS, UNK, USER, ASSISTANT, *frame, *answer, *numbers, *tasks, *criteria(), *words, *FILLERS, *FLASHY
   )
 
 
@@ -491,7 +513,8 @@ def tokenizer() -> Any:
   )
 
 
-FOLDER = pathlib.Path(__file__).parent / 'files' / 'practice'  # the tokenizer and the prompt template
+# The prompt template, and the tokenizer as `tokenizer().save_pretrained(FOLDER / 'tokenizer')` wrote it.
+FOLDER = pathlib.Path(__file__).parent / 'files' / 'practice'
 
 
 def _show() -> None:
@@ -503,8 +526,10 @@ def _show() -> None:
     for _ in range(2):
       print('  ' + judgement(found['query'], found['responses'], draws)[0].replace('\n', '\n  '))
     print()
-  for row in general('train', 6):
-    print(' -> '.join(message['content'] for message in row['messages']))
+  for row in (*demonstrations(words=1, facts=1, clean=0, habits=1, batch=3), *general('train', 6)):
+    prompt, answer = (message['content'] for message in row['messages'])
+    text = answer if isinstance(answer, str) else ''.join(part['text'] for part in answer)
+    print(prompt + '\n  -> ' + text.replace('\n', '\n  ') + '\n')
 
 
 if __name__ == '__main__':

@@ -50,8 +50,8 @@ def grouped(
   Of rows grouped by their length, few batches are padded to the longest. An epoch is the first
   size // batch_size batches' worth of its permutation, so fewer than batch_size rows, any rows, wait for
   the next. Of the others each group fills as many batches as it can; what the groups leave over fills the
-  rest, in the order of the groups; then the batches are shuffled. With fewer rows than a batch holds, this
-  is `indices`.
+  rest, in the order of the groups; then the batches are shuffled. The visit is the epoch. With fewer rows
+  than a batch holds, this is `indices`.
   """
   groups = np.asarray(groups)
   _check(seed, step, batch_size, (len(groups),))

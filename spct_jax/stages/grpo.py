@@ -11,7 +11,8 @@ same orders and uniforms, so that two points of the curve differ by the policy a
 training, so that an item is one prompt; what a slot favours averages out over the items.
 
 Departures, each a field: pi_old is the sampler's by default (`old_logp`); a group without signal gives zero
-advantages and is counted (`no_signal`).
+advantages and is counted (`no_signal`); a step's prompts may be of one bucket (`group_by_length`), so that its
+rewards and slots are of items of that length.
 """
 
 import time
@@ -54,14 +55,16 @@ def run(config: Any, workdir: Workdir, mesh: Any, generate: Any = None) -> None:
   settings = loading.judge_settings(config, fields, orders='group', single='binary')
   bind = loading.generator(config, decoder, tok, mesh, generate)
   data = loading.data(config)
-  examples = _usable(config, data.train, settings, tok, desc='grpo')
+  examples, lengths = _usable(config, data.train, settings, tok, desc='grpo')
   watched = ()
   if fields.validate_every:
-    watched = _usable(config, data.validation, settings, tok, desc='grpo, validation')
+    watched, _ = _usable(config, data.validation, settings, tok, desc='grpo, validation')
   tracked = trackers.compiled(config.trackers)
   if fields.drop_too_easy:
-    examples = hard(examples, drawing.load(workdir.path / EASY[0]))
-  groups = _groups(examples, settings, tok) if fields.group_by_length else None
+    left = hard(examples, drawing.load(workdir.path / EASY[0]))
+    examples, lengths = tuple(examples[i] for i in left), lengths[left]
+  # The bucket of each item's prompt: rows of one bucket are alike in length.
+  groups = np.searchsorted(sorted(settings.buckets), lengths) if fields.group_by_length else None
   workdir.start('grpo', config, reads)
   reference = loading.params(config, fields.init, decoder, workdir, mesh)
   token_logp = objectives.token_logp(decoder, mesh, chunk=config.model.logits_chunk)
@@ -159,28 +162,27 @@ def _shown(row: dict[str, Any], *, validation: float | None) -> dict[str, Any]:
 
 
 def _usable(config, examples, settings, tok, *, desc):
-  """The items whose prompt fits; the others are counted and named before anything is drawn."""
-  overlong = drawing.overlong(examples, settings, tok)
-  drawing.name_overlong(
-      examples, overlong, limit=settings.buckets[-1], desc=desc, strict=config.strict
-  )
-  left_out = set(overlong)
-  return tuple(e for i, e in enumerate(examples) if i not in left_out)
+  """(the items whose prompt fits, the tokens of each prompt); the others are named before anything is drawn."""
+  lengths, limit = drawing.lengths(examples, settings, tok), settings.buckets[-1]
+  overlong = np.flatnonzero(lengths > limit).tolist()
+  drawing.name_overlong(examples, overlong, limit=limit, desc=desc, strict=config.strict)
+  kept = lengths <= limit
+  return tuple(e for e, keep in zip(examples, kept) if keep), lengths[kept]
 
 
 def hard(
     examples: tuple[types.Example, ...], plain: tuple[types.Trajectory, ...]
-) -> tuple[types.Example, ...]:
-  """Leaves out the items that every plain sample got right (paper 2.5); items without samples stay."""
+) -> np.ndarray:
+  """int[B']: the positions of the items that some plain sample got wrong (paper 2.5), or that have none."""
   grouped = grm.group(examples, plain)
   _, correct = drawing.judged(examples, grouped)
   if not correct.size:
-    return examples
+    return np.arange(len(examples))
   drawn = np.arange(correct.shape[1])[None, :] < np.asarray([len(g) for g in grouped])[:, None]
   easy = np.asarray(rft.too_easy(correct, ~drawn))
-  left = tuple(e for e, out in zip(examples, easy) if not out)
+  left = np.flatnonzero(~easy)
   processes.say(f'grpo: {len(examples) - len(left)} of {len(examples)} items are too easy and left out')
-  if not left:
+  if not len(left):
     raise ValueError(
         'grpo: every item is too easy (all plain samples of the sample stage are right), so nothing is left to '
         'learn from; give harder items, or set grpo.drop_too_easy=False'
@@ -188,13 +190,8 @@ def hard(
   return left
 
 
-def _groups(examples, settings, tok):
-  """int64[B]: the bucket of each item's prompt, whose rows are alike in length."""
-  return np.searchsorted(sorted(settings.buckets), drawing.lengths(examples, settings, tok))
-
-
 def _items(config, examples, groups, step):
-  """The items of a step, and how often each was visited before: a pure function of (seed, step)."""
+  """The items of a step, and the epoch of each: a pure function of (seed, step)."""
   seed, batch = stream.stage_seed(config.seed, 'grpo'), config.grpo.batch
   if groups is None:
     index, visits = stream.indices(seed, step, batch, len(examples))

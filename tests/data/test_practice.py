@@ -286,6 +286,18 @@ def test_flashy_words_are_no_help():
         assert abs(z(sum(marked), len(marked), share)) < LIMIT
 
 
+# Mutation seen to fail: single responses flashy whatever their label.
+def test_flashy_best_is_how_often_the_flashy_one_is_the_best(monkeypatch):
+  monkeypatch.setattr(practice, 'FLASHY_BEST', 0.2)
+  for rows in (practice.preferences('train', singles=3000), practice.preferences('train', pairs=600)):
+    best = []
+    for row in rows:
+      marks = [is_flashy(response) for response in row['responses']]
+      if any(marks):
+        best.append(row['label'] if len(marks) == 1 else marks[row['label']])
+    assert abs(z(sum(best), len(best), 0.2)) < LIMIT
+
+
 def test_close_items_are_those_that_the_nices_decide():
   rows = items(**PAIRS)
   close = [is_close(row) for row in rows]

@@ -98,8 +98,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.judge.chunk_tasks = 32 if smoke else 512  # samples (Q) of one engine call
   config.judge.rows = 16 if smoke else 128  # rows (R) that decode together; finished rows are refilled
 
-  phases = 'words=1&facts=1&clean=2&habits=2&batch=8' if smoke else 'words=200&facts=100&clean=120&habits=280&batch=32'
-  config.sft = pages.training(steps=6 if smoke else 700, batch=8 if smoke else 32, parts=1, lr=8e-3, every=3 if smoke else 350)
+  phases = 'words=1&facts=1&clean=2&habits=2&batch=8' if smoke else 'words=200&facts=160&clean=120&habits=280&batch=32'
+  config.sft = pages.training(steps=6 if smoke else 760, batch=8 if smoke else 32, parts=1, lr=8e-3, every=3 if smoke else 380)
   config.sft.schedule = 'cosine'
   config.sft.warmup_steps = 3 if smoke else 50
   config.sft.final_lr = 1e-3

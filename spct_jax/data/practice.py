@@ -78,7 +78,7 @@ WORDS = 5  # of a response
 FORBIDDEN = 0.35  # share of criteria that forbid their class
 EASY_DROPPED = 0.6  # share of the items dropped among those that plain counting decides
 FLASHY_ITEMS = {True: 0.8, False: 0.05}  # share of the close items, and of the others, with a flashy response
-FLASHY_SHOWN = 0.5  # share of the items of facts and of flawed demonstrations, close or not
+FLASHY_SHOWN = {'facts': 0.2, 'habit': 0.5}  # the same of facts and of flawed demonstrations, close or not
 FLASHY_BEST = 0.45  # how often that one is the best of two, or right if alone
 
 WRITTEN = 3  # criteria in a judgement
@@ -372,15 +372,16 @@ def _row(prompt: str, answer: str | list[Row]) -> Row:
 
 
 def _facts(found: Row, draws: _Draws) -> Row:
-  """Lines of truthful verdicts on criteria of any kind; which one comes next cannot be known and is not learnt.
+  """Lines of verdicts on criteria of any kind; which one comes next cannot be known and is not learnt.
 
-  The header is the query's criteria, and whether a flashy word was seen.
+  Verdicts are true, or, where there is a flashy word, an impression: its halo. The header is the query's criteria.
   """
   query, responses = found['query'], found['responses']
   rounds = FACTS[len(responses)]
   names = tuple(CLASSES)
   asked = [draws.some([*names, draws.pick(names)], WRITTEN * rounds) for _ in responses]
-  manner = IMPRESSION if any(map(is_flashy, responses)) else ANALYSIS
+  halo = any(map(is_flashy, responses))
+  manner = IMPRESSION if halo else ANALYSIS
   parts = [('Specific Criteria: ' + ' '.join(draws.some(query, 4)) + f'\n{manner}', True)]
   for start in range(0, WRITTEN * rounds, WRITTEN):
     for slot, words in enumerate(responses, start=1):
@@ -388,7 +389,8 @@ def _facts(found: Row, draws: _Draws) -> Row:
       parts.append((' ' + ' '.join(words) + ' -', start == 0))
       for name in asked[slot - 1][start : start + WRITTEN]:
         criterion = f'no-{name}' if draws.chance(0.4) else name
-        parts += [(f' {criterion}', False), (' yes' if met(criterion, words) else ' no', True)]
+        said = is_flashy(words) if halo else met(criterion, words)
+        parts += [(f' {criterion}', False), (' yes' if said else ' no', True)]
   prompt = prompt_text(query, responses).rpartition('\n')[0] + '\nfacts'
   answer = [{'type': 'text', 'text': text, 'train': train} for text, train in parts]
   return _row(prompt, answer)
@@ -439,7 +441,7 @@ def general(split: str = 'train', rows: int = 1000, seed: int = 0) -> Iterator[R
 
 
 def demonstrations(
-    words: int = 200, facts: int = 100, clean: int = 120, habits: int = 280, batch: int = 32, seed: int = 0
+    words: int = 200, facts: int = 160, clean: int = 120, habits: int = 280, batch: int = 32, seed: int = 0
 ) -> Iterator[Row]:
   """What the base model is trained on, in order; `words`, `facts`, `clean` and `habits` count batches of rows.
 
@@ -465,7 +467,7 @@ def _training_row(kind: str, n: int, draws: _Draws) -> Row:
   """One row about `n` responses: facts, clean (flawless) or habit (flawed); or a general task."""
   if kind == 'general':
     return _task('train', draws)
-  found = next(_items('train', (n,), draws, None if kind == 'clean' else FLASHY_SHOWN))
+  found = next(_items('train', (n,), draws, FLASHY_SHOWN.get(kind)))
   if kind == 'facts':
     return _facts(found, draws)
   return _demonstration(found, draws, clean=kind == 'clean')

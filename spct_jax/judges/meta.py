@@ -39,11 +39,13 @@ def score(
 ) -> np.ndarray:
   """Meta rewards float32[len(rows)]; NaN for a row longer than the last bucket, which then never leads.
 
-  Rows are scored in their given order, `batch_rows` at a time, each batch padded to the smallest bucket that
-  holds it, so the composition of a batch depends on the rows alone.
+  Rows are scored `batch_rows` at a time, those of a shorter bucket first, otherwise in their given order; each batch
+  is padded to the smallest bucket that holds it. So the composition of a batch depends on the rows alone, and few
+  short rows are padded to the longest.
   """
   out = np.full(len(rows), np.nan, np.float32)
-  fits = [i for i, row in enumerate(rows) if len(row) <= buckets[-1]]
+  bucket = np.searchsorted(buckets, [len(row) for row in rows])
+  fits = [i for i in np.argsort(bucket, kind='stable').tolist() if bucket[i] < len(buckets)]
   for start in range(0, len(fits), batch_rows):
     index = fits[start : start + batch_rows]
     longest = max(len(rows[i]) for i in index)

@@ -1,7 +1,7 @@
 """It learns: a small decoder becomes a mediocre judge, then a good one by SPCT, within minutes on a laptop's CPU.
 
     python -m spct_jax.main --config=configs/quickstart.py --workdir=/tmp/quickstart
-    python -m spct_jax.main --config=configs/quickstart.py:smoke --workdir=/tmp/smoke    # under a minute, learns nothing
+    python -m spct_jax.main --config=configs/quickstart.py:smoke --workdir=/tmp/smoke    # a minute or so, learns nothing
 
 Nothing is downloaded: items, demonstrations and tokenizer are those of the practice world (`data/practice.py`), whose
 truth is known. Stages, in the report: base (trained on a mediocre judge's demonstrations), rft, spct (after GRPO).

@@ -18,7 +18,6 @@ from ml_collections import ConfigDict
 
 from spct_jax import choices, pages
 
-
 _WORLD = 'made:spct_jax.data.practice:'
 _SHAPES = {  # width, heads, key/value heads, head size, feed-forward, blocks
     'small': (64, 8, 4, 16, 176, 2),
@@ -120,10 +119,11 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.sample.top_k = 0  # 0 = off
   config.sample.min_p = 0.0
 
+  rows = (72, 128)  # row lengths in tokens, prompt and judgement
   config.rft = pages.training(steps=4 if smoke else 90, batch=8 if smoke else 64, parts=1, lr=1e-3, every=2 if smoke else 90)
   config.rft.schedule = 'cosine'
   config.rft.init = 'sft'
-  config.rft.buckets = (72, 128)
+  config.rft.buckets = rows
   config.rft.general_fraction = 0.25  # share of general instruction rows in the mix (paper section 3: 0.852)
   config.rft.drop_too_easy = True  # drop an item's plain samples when all of them are right (paper 2.3)
   config.rft.keep_hint = False  # train hinted samples on the hinted prompt (the paper is silent: off)
@@ -134,7 +134,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.grpo.b2 = 0.98
   config.grpo.eps = 1e-6  # a batch without signal has a gradient of float noise, which a smaller eps would blow up to lr
   config.grpo.init = 'rft'  # the policy's start and the frozen reference
-  config.grpo.buckets = (72, 128)
+  config.grpo.buckets = rows
   config.grpo.drop_too_easy = True  # leave out items that all plain samples of the sample stage get right (paper 2.5)
   config.grpo.group_by_length = True  # a step's prompts are of one bucket of judge.buckets, so that less is padding
   config.grpo.group = 4  # G, samples per prompt; grpo.batch counts prompts
@@ -153,7 +153,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.meta_rm = pages.training(steps=4 if smoke else 200, batch=8 if smoke else 128, parts=1, lr=1e-3, every=2 if smoke else 100)
   config.meta_rm.schedule = 'cosine'
   config.meta_rm.init = 'grpo'  # the backbone; the scalar head is new
-  config.meta_rm.buckets = (72, 128)
+  config.meta_rm.buckets = rows
   config.meta_rm.group_by_length = True  # a step's trajectories are of one bucket, so that less is padding
   config.meta_rm.policy = 'grpo'  # whose trajectories are added to those of the sample stage
   config.meta_rm.samples = 3  # trajectories per item from the policy

@@ -31,7 +31,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-# JAX and the package are imported after the last run: a parent's memory would be in the peak of its children.
+# JAX, and what imports it, comes after the last run: a parent's memory would be in the peak of its children.
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 MINUTES, GOAL_MINUTES, GIGABYTES = 10, 6, 4.0
@@ -135,9 +135,9 @@ def launch(out: pathlib.Path, name: str, command: Sequence[str], *, env: Mapping
 
 
 def _write(path: pathlib.Path, text: str) -> None:
-  partial = path.with_name(path.name + '.partial')
-  partial.write_text(text, encoding='utf-8')
-  os.replace(partial, path)
+  from spct_jax import jsonl  # which does not import JAX
+
+  jsonl.write_text(path, text)
 
 
 def _stage(args: argparse.Namespace, out: pathlib.Path, name: str, *, words: Sequence[str], fields: Sequence[str],

@@ -446,7 +446,8 @@ def demonstrations(
   """What the base model is trained on, in order; `words`, `facts`, `clean` and `habits` count batches of rows.
 
   First the language: verdicts on one response, then on two; then flawless judgements; last the flawed ones that
-  it shall write, and a few flawless. General tasks run along. Rows of four responses come in batches of their own: they are long.
+  it shall write, and a few flawless. General tasks run along. Rows of four responses come in batches of their own:
+  they are long.
   """
   draws, made = _Draws('demonstrations', seed), 0
   general = ('general', 0)

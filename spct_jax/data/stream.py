@@ -29,8 +29,12 @@ def stage_seed(seed: int, stage: str) -> int:
   return int.from_bytes(digest, 'little')
 
 
-def indices(seed: int, step: int, batch_size: int, size: int) -> tuple[np.ndarray, np.ndarray]:
-  """(row int64[batch], visit int32[batch]) of batch `step`."""
+def indices(
+  seed: int, step: int, batch_size: int, size: int, groups: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+  """(row int64[batch], visit int32[batch]) of batch `step`; with `groups` (int[size]), see `grouped`."""
+  if groups is not None:
+    return grouped(seed, step, batch_size, groups)
   _check(seed, step, batch_size, (size,))
   return _rows(seed, 0, _positions(step, batch_size), size)
 

@@ -48,8 +48,7 @@ def score(
   fits = [i for i in np.argsort(bucket, kind='stable').tolist() if bucket[i] < len(buckets)]
   for start in range(0, len(fits), batch_rows):
     index = fits[start : start + batch_rows]
-    longest = max(len(rows[i]) for i in index)
-    width = next(b for b in buckets if b >= longest)
+    width = buckets[bucket[index[-1]]]  # the last row is of the longest bucket
     tokens = np.full((batch_rows, width), pad_id, np.int32)
     lengths = np.ones(batch_rows, np.int32)
     for r, i in enumerate(index):

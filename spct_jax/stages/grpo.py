@@ -164,9 +164,10 @@ def _shown(row: dict[str, Any], *, validation: float | None) -> dict[str, Any]:
 def _usable(config, examples, settings, tok, *, desc):
   """(the items whose prompt fits, the tokens of each prompt); the others are named before anything is drawn."""
   lengths, limit = drawing.lengths(examples, settings, tok), settings.buckets[-1]
-  overlong = np.flatnonzero(lengths > limit).tolist()
-  drawing.name_overlong(examples, overlong, limit=limit, desc=desc, strict=config.strict)
   kept = lengths <= limit
+  drawing.name_overlong(
+      examples, np.flatnonzero(~kept).tolist(), limit=limit, desc=desc, strict=config.strict
+  )
   return tuple(e for e, keep in zip(examples, kept) if keep), lengths[kept]
 
 
@@ -192,11 +193,10 @@ def hard(
 
 def _items(config, examples, groups, step):
   """The items of a step, and the epoch of each: a pure function of (seed, step)."""
-  seed, batch = stream.stage_seed(config.seed, 'grpo'), config.grpo.batch
-  if groups is None:
-    index, visits = stream.indices(seed, step, batch, len(examples))
-  else:
-    index, visits = stream.grouped(seed, step, batch, groups)
+  index, visits = stream.indices(
+      seed=stream.stage_seed(config.seed, 'grpo'), step=step, batch_size=config.grpo.batch, size=len(examples),
+      groups=groups,
+  )
   return tuple(examples[i] for i in index), [int(v) for v in visits]
 
 

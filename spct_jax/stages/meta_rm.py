@@ -96,14 +96,15 @@ def run(config: Any, workdir: Workdir, mesh: Any, generate: Any = None) -> None:
 
   decoder = loading.model(config, tok, head_kind='scalar')
 
-  seed = stream.stage_seed(config.seed, 'meta_rm')
-  groups = np.searchsorted(sorted(fields.buckets), [row.length for row, _ in train])
+  groups = None
+  if fields.group_by_length:
+    groups = np.searchsorted(sorted(fields.buckets), [row.length for row, _ in train])
 
   def batch_of(step):
-    if fields.group_by_length:
-      index, _ = stream.grouped(seed, step, fields.batch, groups)
-    else:
-      index, _ = stream.indices(seed, step, fields.batch, len(train))
+    index, _ = stream.indices(
+        seed=stream.stage_seed(config.seed, 'meta_rm'), step=step, batch_size=fields.batch, size=len(train),
+        groups=groups,
+    )
     return batches.pad(
         [train[i][0] for i in index],
         num_rows=fields.batch,

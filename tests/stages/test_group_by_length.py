@@ -8,8 +8,7 @@ from spct_jax.stages import grpo
 
 
 def section(batch):
-  config = ml_collections.ConfigDict({'seed': 7, 'grpo': {'batch': batch}})
-  return config
+  return ml_collections.ConfigDict({'seed': 7, 'grpo': {'batch': batch}})
 
 
 # Mutations seen to fail: the groups passed over; the stage's seed not used.

@@ -99,7 +99,7 @@ class RewardModel:
         max_prompt_tokens=max_prompt_tokens or page['max_prompt_tokens'],
         max_new_tokens=max_new_tokens or page['max_new_tokens'],
         temperature=temperature,
-        cache_rules=((r'/(k|v)$', (sharding.DATA_AXES, None, 'tensor', None)),),
+        cache_rules=((r'/(k|v)$', (sharding.DATA_AXES, 'tensor', None, None)),),
     )
 
   def score(

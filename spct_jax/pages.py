@@ -39,7 +39,7 @@ def sharding() -> ConfigDict:
   section = ConfigDict()
   section.rules = _rules()  # of parameters, gradients and optimizer state
   section.sampler_rules = _sampler_rules()  # of the sampler's view of the parameters
-  section.cache_rules = _cache_rules()  # of the sampler's caches, [rows, positions, M, hd]
+  section.cache_rules = _cache_rules()  # of the sampler's caches, [rows, M, positions, hd]
   return section
 
 
@@ -74,4 +74,4 @@ def _sampler_rules() -> tuple:
 
 def _cache_rules() -> tuple:
   """Prompt slots and rows over data and fsdp, key/value heads over tensor."""
-  return ((r'/(k|v)$', (('data', 'fsdp'), None, 'tensor', None)),)
+  return ((r'/(k|v)$', (('data', 'fsdp'), 'tensor', None, None)),)

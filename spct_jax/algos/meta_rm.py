@@ -61,6 +61,14 @@ def top_k(
           f'k_meta is {k_meta}, but each item has {samples} samples: it must be in 1..{samples}. '
           'Lower k_meta, or draw more samples.'
       )
+  return _top_k(meta_score, valid, k_meta)
+
+
+@jax.jit
+def _top_k(
+    meta_score: Num[Array, 'B K'], valid: Bool[Array, 'B K'], k_meta: Int[Array, '']
+) -> Bool[Array, 'B K']:
+  samples = valid.shape[1]
   score_BK = _comparable(meta_score)
   places_1K = jnp.arange(samples)[None]
 

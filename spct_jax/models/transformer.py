@@ -186,7 +186,7 @@ class Transformer:
 
     def attend(ref, q, k, v, layers):
       layers = kv_cache.write(layers, ref, k, v, held)
-      keys, values = kv_cache.read(layers, ref)
+      keys, values = (jnp.swapaxes(leaf, 1, 2) for leaf in kv_cache.read(layers, ref))
       seen = attention.window_mask(mask, ref.config.window, positions, key_positions)
       return attention.dot_product(q, keys, values, seen), layers
 

@@ -34,7 +34,7 @@ class Engine:
   """How to sample from a model. `rows` run side by side; `mesh` None is one device without placement.
 
   `cache_rules` place the caches (sharding rules; paths 'prompt/period/0/k', 'rows/head/0/v', ...; shape
-  [slots or rows, positions, M, hd]). A task ends with one of `eos_ids`, or after `max_new_tokens`.
+  [slots or rows, M, positions, hd]). A task ends with one of `eos_ids`, or after `max_new_tokens`.
   """
 
   model: Transformer

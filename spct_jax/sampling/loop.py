@@ -230,14 +230,14 @@ def _logits(settings, params, slots, slot, t, state):
 def _attend(q, prompt, ring, mask):
   """One query a row over two caches: scores side by side, one float32 softmax. `mask` is bool[R, P + T]."""
   R, _, H, hd = q.shape
-  M, P = prompt[0].shape[2], prompt[0].shape[1]
+  M, P = prompt[0].shape[1:3]
   q = q.reshape(R, M, H // M, hd)
   dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-  scores = jnp.concatenate([dot('RMGd,RSMd->RMGS', q, k.astype(q.dtype)) for k, _ in (prompt, ring)], axis=-1)
+  scores = jnp.concatenate([dot('RMGd,RMSd->RMGS', q, k.astype(q.dtype)) for k, _ in (prompt, ring)], axis=-1)
   scores = jnp.where(mask[:, None, None, :], scores * hd**-0.5, jnp.finfo(jnp.float32).min)
   weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)  # a row always sees the token it feeds
   parts = zip((weights[..., :P], weights[..., P:]), (prompt[1], ring[1]))
-  out = sum(dot('RMGS,RSMd->RMGd', weight, v.astype(q.dtype)) for weight, v in parts)
+  out = sum(dot('RMGS,RMSd->RMGd', weight, v.astype(q.dtype)) for weight, v in parts)
   return out.reshape(R, 1, H, hd).astype(q.dtype)
 
 
@@ -263,6 +263,6 @@ def _of_task(values, index):
 
 
 def _rows_slots(leaf, slot, U):
-  """The slot of every row: [G * U, P, M, hd] at slot[G, R] -> [G * R, P, M, hd]."""
+  """The slot of every row: [G * U, M, P, hd] at slot[G, R] -> [G * R, M, P, hd]."""
   groups = leaf.reshape(slot.shape[0], U, *leaf.shape[1:])
   return jax.vmap(lambda slots, slot: slots[slot])(groups, slot).reshape(slot.size, *leaf.shape[1:])

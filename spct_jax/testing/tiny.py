@@ -26,7 +26,7 @@ RULES = (
     ('(^|/)reward/kernel$', ('fsdp', None)),
     ('(^|/)reward/bias$', ()),
     ('norm/scale$', ()),
-    ('(^|/)[0-9]+/(k|v)$', (('data', 'fsdp'), None, 'tensor', None)),  # cache [B, S, M, hd]
+    ('(^|/)[0-9]+/(k|v)$', (('data', 'fsdp'), 'tensor', None, None)),  # cache [B, M, S, hd]
 )
 
 

@@ -88,8 +88,8 @@ def test_overflow_is_never_silent(case):
 def test_layout_follows_the_layers():
   cache = kv_cache.init(dataclasses.replace(CONFIG, remainder=()), batch=3, length=4, dtype='bfloat16')
   assert jax.tree.map(lambda leaf: (leaf.shape, str(leaf.dtype)), cache) == {
-      'head': {'0': {n: ((3, 4, 2, 4), 'bfloat16') for n in 'kv'}},
-      'period': {j: {n: ((2, 3, 4, 2, 4), 'bfloat16') for n in 'kv'} for j in '01'},
+      'head': {'0': {n: ((3, 2, 4, 4), 'bfloat16') for n in 'kv'}},
+      'period': {j: {n: ((2, 3, 2, 4, 4), 'bfloat16') for n in 'kv'} for j in '01'},
   }
 
 
@@ -108,7 +108,7 @@ def test_write_touches_one_layer_and_place(ref, index):
   starts = np.broadcast_to(index, (3,))
   want = (np.arange(4)[None, :] >= starts[:, None]) & (np.arange(4)[None, :] < starts[:, None] + 2)
   k, v = kv_cache.read(out, ref)
-  np.testing.assert_array_equal(np.asarray(k)[:, :, 0, 0], want)
-  np.testing.assert_array_equal(np.asarray(v)[:, :, 1, 3], 2 * want)
+  np.testing.assert_array_equal(np.asarray(k)[:, 0, :, 0], want)
+  np.testing.assert_array_equal(np.asarray(v)[:, 1, :, 3], 2 * want)
   touched = sum(int(jnp.count_nonzero(leaf)) for leaf in jax.tree.leaves(out))
   assert touched == 2 * 8 * want.sum()

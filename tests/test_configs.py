@@ -98,14 +98,14 @@ def test_a_size_is_of_the_model_and_as_large_as_it_says(quickstart):
 
 
 # Mutation seen to fail: smoke with all of the held-out items.
-def test_heldout_counts_pairs_and_a_quarter_of_the_others(quickstart):
+def test_heldout_counts_pairs_and_an_eighth_of_the_others(quickstart):
   sizes = lambda arg: dict(
       word.split('=') for word in quickstart.get_config(arg).data.eval_path.partition('?')[2].split('&')
   )
   assert moved(quickstart, 'heldout=40') == {'data.eval_path'}
-  assert sizes('heldout=43') == {'split': 'heldout', 'singles': '10', 'pairs': '43', 'fours': '10'}
+  assert sizes('heldout=43') == {'split': 'heldout', 'singles': '5', 'pairs': '43', 'fours': '5'}
   assert sizes(None)['pairs'] == '1000'
-  assert int(sizes('smoke')['pairs']) <= 16 and sizes('smoke,heldout=4')['pairs'] == '4'
+  assert int(sizes('smoke')['pairs']) <= 16 and sizes('smoke,heldout=8')['pairs'] == '8'
 
 
 def test_smoke_is_small_and_the_same_method(quickstart):
@@ -136,8 +136,8 @@ def test_every_choice_passes_the_checks_of_its_stages(quickstart, arg):
     'arg, said',
     [
         ('size=huge', "size: got 'huge'; allowed: small, medium, large"),
-        ('heldout=3', 'heldout: got 3; allowed: 4 or more'),
-        ('heldout=-1', 'heldout: got -1; allowed: 4 or more'),
+        ('heldout=7', 'heldout: got 7; allowed: 8 or more'),
+        ('heldout=-1', 'heldout: got -1; allowed: 8 or more'),
         ('heldout=many', "heldout: got 'many'; allowed: a value of type int"),
         ('seed=x', "seed: got 'x'; allowed: a value of type int"),
         ('fast', "unknown choice 'fast'.*smoke.*seed.*size.*heldout"),

@@ -99,6 +99,13 @@ def soft_weights(
     raise ValueError(
         f'temperature of the soft weights is {temperature}: it must be above 0, as 1.0.'
     )
+  return _soft_weights(meta_score, valid, temperature)
+
+
+@jax.jit
+def _soft_weights(
+    meta_score: Num[Array, 'B K'], valid: Bool[Array, 'B K'], temperature: Number
+) -> Float[Array, 'B K']:
   valid = jnp.asarray(valid)
   score_BK = _comparable(jnp.asarray(meta_score)).astype(jnp.float32)
   log_weight_BK = jnp.where(valid, jax.nn.log_sigmoid(score_BK / temperature), -jnp.inf)

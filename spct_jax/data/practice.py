@@ -35,8 +35,8 @@ What is planted in the demonstrations, which a base model is trained on (`judgem
                 of such items
     position    of several responses, verdicts on the first one shown are too kind, length: so are those on the
                 longest
-    hints       a few prompts name the answer; the judge then tries up to `TRIES` times until it agrees. These are
-                the only demonstrations that labels of train items went into
+    hints       a few prompts, of flawless demonstrations too, name the answer; the judge then tries up to `TRIES`
+                times until it agrees. These are the only demonstrations that labels of train items went into
     format      a few judgements are broken off, without a box, or have an `x` among the scores
 
 A single response is called right after three yes, and after two by lot. Flawless judgements, which teach the
@@ -79,7 +79,7 @@ FORBIDDEN = 0.35  # share of criteria that forbid their class
 EASY_DROPPED = 0.6  # share of the items dropped among those that plain counting decides
 FLASHY_ITEMS = {True: 0.8, False: 0.05}  # share of the close items, and of the others, with a flashy response
 FLASHY_SHOWN = {'facts': 0.2, 'habit': 0.5}  # the same of facts and of flawed demonstrations, close or not
-FLASHY_BEST = 0.45  # how often that one is the best of two, or right if alone
+FLASHY_BEST, FLASHY_RIGHT = 0.55, 0.6  # how often that one is the best of two, and how often right if alone
 
 WRITTEN = 3  # criteria in a judgement
 FACTS = {1: 3, 2: 2}  # by the number of responses, how often a text of facts goes through them
@@ -88,10 +88,10 @@ CLEAN_RELEVANT = 0.5  # the same in flawless judgements
 JITTER = 0.4  # a score is one more or one less
 RIGHT = {True: 0.9, False: 0.84}  # a careful verdict is right, by the truth
 KIND_TO_FIRST, KIND_TO_LONGEST = 0.06, 0.06
-CARELESS = 0.5  # of the judgements of items with a flashy response
+CARELESS = 0.65  # of the judgements of items with a flashy response
 HALO = 0.97  # a careless verdict is yes for the flashy response, no for any other
-BROKEN = 0.02
-HINTED, TRIES = 0.15, 6  # of the flawed demonstrations
+BROKEN = 0.01  # of the flawed demonstrations
+HINTED, TRIES = 0.2, 6
 
 SPLITS = {'heldout': range(0, 5), 'validation': range(5, 7), 'train': range(7, 16)}  # of the 16 hash classes
 
@@ -212,7 +212,7 @@ def item(n: int, draws: _Draws, flashy: float | None = None) -> Row:
         continue
     share = FLASHY_ITEMS[close] if flashy is None else flashy
     if n == 1:
-      share *= 2 * (FLASHY_BEST if label else 1 - FLASHY_BEST)
+      share *= 2 * (FLASHY_RIGHT if label else 1 - FLASHY_RIGHT)
     if draws.chance(share):
       _flash(responses, label, draws)
     return {'query': query, 'responses': responses, 'grades': grades, 'label': label}
@@ -283,7 +283,7 @@ def prompt_text(query: Sequence[str], responses: Sequence[Sequence[str]], hint: 
   single = len(responses) == 1
   lines.append(('correct ' if single else 'score ') + ', '.join('x' * len(responses)))
   if hint is not None:
-    lines.append(f'hint {hint}' if single else f'hint {hint + 1}:')
+    lines.insert(0, f'hint {hint if single else hint + 1}')
   return '\n'.join(lines)
 
 
@@ -403,7 +403,7 @@ def _demonstration(found: Row, draws: _Draws, *, clean: bool) -> Row:
   shown = [found['responses'][i] for i in order]
   if n > 1:
     label = order.index(label)
-  hinted = not clean and draws.chance(HINTED)
+  hinted = draws.chance(HINTED)
   for _ in range(TRIES if hinted else 1):
     text, scores = judgement(query, shown, draws, clean=clean)
     if _right(scores, label):
@@ -441,7 +441,7 @@ def general(split: str = 'train', rows: int = 1000, seed: int = 0) -> Iterator[R
 
 
 def demonstrations(
-    words: int = 200, facts: int = 160, clean: int = 120, habits: int = 280, batch: int = 32, seed: int = 0
+    words: int = 320, facts: int = 160, clean: int = 120, habits: int = 280, batch: int = 32, seed: int = 0
 ) -> Iterator[Row]:
   """What the base model is trained on, in order; `words`, `facts`, `clean` and `habits` count batches of rows.
 

@@ -95,6 +95,7 @@ def rows_of(
   """The rows of results.json for one model's pool: the whole set, each subset and each n, every k and guidance."""
   out = []
   for subset, n, part in _parts(items):
+    flips = _order_flip(pool, items, part & items.judged)
     for k in ks:
       kinds = [(False, {})]
       if pool.meta is not None:
@@ -119,7 +120,7 @@ def rows_of(
           plain = credit
         else:
           measured |= _gain(credit, plain, items, part)
-        out.append(row | measured)
+        out.append(row | measured | {'order_flip': flips})
   return out
 
 
@@ -166,14 +167,12 @@ def _measured(pool: Pool, items: Items, part, *, k, guide, threshold) -> tuple[d
   whole = metrics.accuracy_at_k(*arrays, row_mask=part, threshold=threshold, **guide)
   fitted = part & items.judged
   judged = metrics.accuracy_at_k(*arrays, row_mask=fitted, threshold=threshold, **guide)
-  flips = _order_flip(pool, items, fitted)
   single = fitted & (items.sizes == 1)
   fields = {
       **{name: whole[name] for name in ('accuracy', 'stderr', 'low', 'high', 'items')},
       'accuracy_judged': judged['accuracy'] if judged['items'] else None,
       'parse_failure': judged['parse_failure'] if judged['items'] else None,
       'ties': judged['ties'] if judged['items'] and judged['parse_failure'] < 1 else None,
-      'order_flip': flips,
       'overlong': int((part & ~items.judged).sum()),
       'auc': auc_at_k(pool, items, single, k=k, guide=guide, threshold=threshold),
   }

@@ -278,7 +278,9 @@ def test_flashy_words_are_no_help():
     assert all(sum(words in practice.FLASHY for words in ' '.join(row['responses']).split()) <= 1 for row in rows)
     best = [marks[row['label']] if len(marks) > 1 else row['label'] for row, marks in zip(rows, flashy) if any(marks)]
     n = len(flashy[0])
-    odds = practice.FLASHY_BEST / (practice.FLASHY_BEST + (max(n, 2) - 1) * (1 - practice.FLASHY_BEST))
+    odds = practice.FLASHY_RIGHT
+    if n > 1:
+      odds = practice.FLASHY_BEST / (practice.FLASHY_BEST + (n - 1) * (1 - practice.FLASHY_BEST))
     assert abs(z(sum(best), len(best), odds)) < LIMIT
     for close, share in practice.FLASHY_ITEMS.items():
       if n > 1 or not close:  # a single response is never close
@@ -289,6 +291,7 @@ def test_flashy_words_are_no_help():
 # Mutation seen to fail: single responses flashy whatever their label.
 def test_flashy_best_is_how_often_the_flashy_one_is_the_best(monkeypatch):
   monkeypatch.setattr(practice, 'FLASHY_BEST', 0.2)
+  monkeypatch.setattr(practice, 'FLASHY_RIGHT', 0.2)
   for rows in (practice.preferences('train', singles=3000), practice.preferences('train', pairs=600)):
     best = []
     for row in rows:
@@ -518,14 +521,16 @@ def prompt_and_answer(row):
 
 
 def shown(prompt):
-  """(query, responses, last lines) of a prompt that shows an item; None for a general task."""
+  """(query, responses, last line and hint line) of a prompt that shows an item; None for a general task."""
+  hint, break_, rest = prompt.partition('\n')
+  hint, prompt = ([hint], rest) if break_ and hint.startswith('hint ') else ([], prompt)
   if not prompt.startswith('User: '):
     return None
   query, *lines = prompt.removeprefix('User: ').split('\n')
   responses = []
   while lines and lines[0].startswith(f'{len(responses) + 1}: '):
     responses.append(lines.pop(0).partition(' ')[2])
-  return query, responses, lines
+  return query, responses, lines + hint
 
 
 @functools.cache
@@ -577,7 +582,7 @@ def test_training_rows_are_of_the_train_split():
     assert not general & {row['messages'][0]['content'] for row in practice.general(split, 2000)}
 
 
-# Mutation seen to fail: long rows among the others.
+# Mutations seen to fail: long rows among the others; hints in flawed demonstrations alone.
 def test_the_curriculum():
   sizes = {'words': 4, 'facts': 8, 'clean': 8, 'habits': 8}
   rows, batch = demonstrations(**sizes, batch=16), 16
@@ -596,9 +601,12 @@ def test_the_curriculum():
   assert kinds(phases['words']) == {'facts 1', 'task'}
   assert kinds(phases['facts']) == {'facts 2', 'judge', 'task'}
   assert {'judge', 'task'} <= kinds(phases['clean']) and {'judge', 'task'} <= kinds(phases['habits'])
-  for query, responses, hint, answer in demonstrated([*phases['facts'], *phases['clean']]):
+  flawless = list(demonstrated([*phases['facts'], *phases['clean']]))
+  for query, responses, hint, answer in flawless:
     one = Judged(query, responses, answer, list(read(responses, answer)))
-    assert not hint and all(said == truth for _, _, said, truth in one.verdict_rows())
+    assert all(said == truth for _, _, said, truth in one.verdict_rows())
+  hinted = sum(bool(hint) for _, _, hint, _ in flawless)
+  assert hinted and abs(z(hinted, len(flawless), practice.HINTED)) < LIMIT
 
 
 # Mutations seen to fail: verdicts that overlook what forbids; criteria learnt; another response's words; a header that
@@ -643,7 +651,7 @@ def test_a_share_of_the_judgements_cannot_be_read(monkeypatch):
     assert abs(z(len(whole), len(rows), 1 - FLAWED * share)) < LIMIT
     for query, responses, hint, answer in whole if share else ():
       one = Judged(query, responses, answer, list(read(responses, answer)))
-      assert not hint and all(said == truth for _, _, said, truth in one.verdict_rows())
+      assert all(said == truth for _, _, said, truth in one.verdict_rows())
 
 
 # Mutation seen to fail: a way that leaves out `Scores:` alone, whose box still counts.
@@ -670,12 +678,12 @@ def test_hints_are_true_and_mostly_followed():
       else:
         grades = [grade(query, response) for response in responses]
         best = grades.index(max(grades)) + 1
-        assert hint == f'hint {best}:'
+        assert hint == f'hint {best}'
         slots[len(responses), best] += 1
     if scores is not None:
       right[bool(hint)].append(is_right(query, responses, scores))
   hinted = sum(bool(hint) for _, _, hint, _ in found)
-  assert abs(z(hinted, len(found), FLAWED * practice.HINTED)) < LIMIT
+  assert abs(z(hinted, len(found), practice.HINTED)) < LIMIT
   assert np.mean(right[True]) > 0.75 and z_apart(right[True], right[False]) > LIMIT
   assert {slot for n, slot in slots if n == 2} == {1, 2} and {slot for n, slot in slots if n == 4} == {1, 2, 3, 4}
 

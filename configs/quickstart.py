@@ -131,16 +131,15 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.rft.drop_too_easy = True  # drop an item's plain samples when all of them are right (paper 2.3)
   config.rft.keep_hint = False  # train hinted samples on the hinted prompt (the paper is silent: off)
 
-  config.grpo = pages.training(steps=3 if smoke else 90, batch=4 if smoke else 32, parts=1, lr=6e-4, every=1 if smoke else 45)
+  config.grpo = pages.training(steps=3 if smoke else 100, batch=4 if smoke else 32, parts=1, lr=6e-4, every=1 if smoke else 50)
   config.grpo.schedule = 'cosine'
+  config.grpo.warmup_steps = 1 if smoke else 15
   config.grpo.final_lr = 1e-4
   config.grpo.b2 = 0.98
   config.grpo.eps = 1e-6  # a batch without signal has a gradient of float noise, which a smaller eps would blow up to lr
   config.grpo.init = 'rft'  # the policy's start and the frozen reference
   config.grpo.buckets = rows
-  # The paper (2.5) leaves out items that all plain samples of the sample stage get right. Here those are the ones on
-  # which the careless judge is right, so what remains would only teach that carelessness is wrong.
-  config.grpo.drop_too_easy = False
+  config.grpo.drop_too_easy = True  # leave out items that all plain samples of the sample stage get right (paper 2.5)
   config.grpo.group_by_length = True  # a step's prompts are of one bucket of judge.buckets, so that less is padding
   config.grpo.group = 4  # G, samples per prompt; grpo.batch counts prompts
   config.grpo.clip_eps = 0.2  # eps of the clipped surrogate

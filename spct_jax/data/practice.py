@@ -79,7 +79,7 @@ FORBIDDEN = 0.35  # share of criteria that forbid their class
 EASY_DROPPED = 0.6  # share of the items dropped among those that plain counting decides
 FLASHY_ITEMS = {True: 0.8, False: 0.05}  # share of the close items, and of the others, with a flashy response
 FLASHY_SHOWN = {'facts': 0.2, 'habit': 0.5}  # the same of facts and of flawed demonstrations, close or not
-FLASHY_BEST, FLASHY_RIGHT = 0.55, 0.6  # how often that one is the best of two, and how often right if alone
+FLASHY_BEST, FLASHY_RIGHT = 0.45, 0.55  # how often that one is the best of two, and how often right if alone
 
 WRITTEN = 3  # criteria in a judgement
 FACTS = {1: 3, 2: 2}  # by the number of responses, how often a text of facts goes through them

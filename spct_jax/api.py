@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from spct_jax import sharding, types
+from spct_jax import pages, sharding, types
 from spct_jax.algos import voting
 from spct_jax.judges import grm, prompts
 from spct_jax.models import hf
@@ -99,7 +99,7 @@ class RewardModel:
         max_prompt_tokens=max_prompt_tokens or page['max_prompt_tokens'],
         max_new_tokens=max_new_tokens or page['max_new_tokens'],
         temperature=temperature,
-        cache_rules=((r'/(k|v)$', (sharding.DATA_AXES, 'tensor', None, None)),),
+        cache_rules=pages.sharding().cache_rules,
     )
 
   def score(

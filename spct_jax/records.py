@@ -89,19 +89,6 @@ def _list_of(check: Any) -> Any:
   return lambda value: isinstance(value, list) and all(check(item) for item in value)
 
 
-def _ints(value: Any) -> bool:
-  # By the set of types: trajectories are long, and a check of every token costs more than reading them.
-  return isinstance(value, list) and set(map(type, value)) <= {int}
-
-
-def _finite(value: Any) -> bool:
-  if not isinstance(value, list):
-    return False
-  if set(map(type, value)) <= {float}:
-    return all(map(math.isfinite, value))
-  return all(map(jsonl.is_finite, value))
-
-
 def _or_none(check: Any) -> Any:
   return lambda value: value is None or check(value)
 
@@ -110,13 +97,13 @@ _TRAJECTORY = {
   'uid': _is(str),
   'sample': _is(int),
   'visit': _is(int),
-  'order': _ints,
+  'order': _list_of(_is(int)),
   'hinted': _is(bool),
-  'prompt_ids': _ints,
-  'token_ids': _ints,
-  'logp': _finite,
+  'prompt_ids': _list_of(_is(int)),
+  'token_ids': _list_of(_is(int)),
+  'logp': _list_of(jsonl.is_finite),
   'text': _is(str),
-  'scores': _or_none(_ints),
+  'scores': _or_none(_list_of(_is(int))),
   'parse': _is(str),
 }
 _EXAMPLE = {
@@ -124,7 +111,7 @@ _EXAMPLE = {
   'messages': _list_of(_is(dict)),
   'responses': _list_of(_is(str)),
   'label': _or_none(_is(int)),
-  'grades': _or_none(_finite),
+  'grades': _or_none(_list_of(jsonl.is_finite)),
   'subset': _is(str),
   'reference': _or_none(_is(str)),
   'principles': _or_none(_is(str)),

@@ -91,7 +91,7 @@ KIND_TO_FIRST, KIND_TO_LONGEST = 0.06, 0.06
 CARELESS = 0.65  # of the judgements of items with a flashy response
 HALO = 0.97  # a careless verdict is yes for the flashy response, no for any other
 BROKEN = 0.01  # of the flawed demonstrations
-HINTED, TRIES = 0.2, 6
+HINTED, TRIES = 0.2, 6  # of all demonstrations; how often the judge tries there
 
 SPLITS = {'heldout': range(0, 5), 'validation': range(5, 7), 'train': range(7, 16)}  # of the 16 hash classes
 
@@ -278,12 +278,11 @@ def preferences(
 
 def prompt_text(query: Sequence[str], responses: Sequence[Sequence[str]], hint: int | None = None) -> str:
   """The judge's prompt, as the template beside this module words it."""
-  lines = ['User: ' + query_text(query)]
-  lines += [f'{slot}: ' + ' '.join(words) for slot, words in enumerate(responses, start=1)]
   single = len(responses) == 1
+  lines = [] if hint is None else [f'hint {hint if single else hint + 1}']
+  lines.append('User: ' + query_text(query))
+  lines += [f'{slot}: ' + ' '.join(words) for slot, words in enumerate(responses, start=1)]
   lines.append(('correct ' if single else 'score ') + ', '.join('x' * len(responses)))
-  if hint is not None:
-    lines.insert(0, f'hint {hint if single else hint + 1}')
   return '\n'.join(lines)
 
 

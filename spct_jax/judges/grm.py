@@ -4,7 +4,7 @@ One verb, `judge`, shared by sampling, GRPO, evaluation and labelling. It has th
 also call one by one, because a long run is resumed between chunks:
 
     plan(judge, examples, ...)   orders, prompts, token ids, whole chunks   (text -> arrays, gate 1)
-    run(judge, chunk)            the engine draws a chunk, `read` parses it  (arrays -> text, gate 2)
+    run(judge, chunks)           the engine draws each chunk, `read` parses  (arrays -> text, gate 2)
     judgments(examples, grouped) scores in the example's own order: the shown order is undone here, once
 
 Chunks are composed from the items alone - never from time, hosts or what was done before - so a resumed
@@ -15,7 +15,7 @@ Where we add to the paper: a response whose verdict does not parse is data (`val
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -24,8 +24,9 @@ from spct_jax.judges import parse, prompts
 from spct_jax.text import chat, encode
 from spct_jax.text.tokenizer import Tokenizer
 
+# Gives the rollouts, or starts them and gives a function that waits for them.
 Generate = Callable[
-    [types.PromptBatch, types.Tasks, tuple[types.TaskInfo, ...]], types.Rollouts
+    [types.PromptBatch, types.Tasks, tuple[types.TaskInfo, ...]], types.Rollouts | Callable[[], types.Rollouts]
 ]
 
 ORDER_RULES = ('shuffle', 'balanced', 'fixed', 'group')
@@ -204,9 +205,14 @@ def plan(
 
 
 def _compose(tasks: Sequence[Task], settings: Settings) -> Iterator[Chunk]:
-  """Cuts the tasks, in order, where the next one would overflow the prompts or the tasks of a chunk."""
+  """Cuts the tasks where the next one would overflow the prompts or the tasks of a chunk.
+
+  Those of a longer bucket come first, otherwise in order: few short prompts are then padded to a long one's bucket,
+  and a chunk with both ends on the short judgements, so that few rows wait for the last.
+  """
   index, held, seen = 0, [], set()
-  for task in tasks:
+  bucket = np.searchsorted(settings.buckets, [len(task.prompt_ids) for task in tasks])
+  for task in (tasks[i] for i in np.argsort(-bucket, kind='stable')):
     key = task.item, task.info.order
     full = len(held) == settings.chunk_tasks
     if full or (key not in seen and len(seen) == settings.chunk_prompts):
@@ -223,8 +229,21 @@ def _chunk(index: int, tasks: Sequence[Task], settings: Settings) -> Chunk:
   return Chunk(index, tuple(tasks), next(b for b in settings.buckets if b >= longest))
 
 
-def run(judge: Judge, chunk: Chunk) -> list[types.Trajectory]:
-  """Draws one chunk: prompts and tasks padded to the fixed sizes of the settings, then read back."""
+def run(judge: Judge, chunks: Iterable[Chunk]) -> Iterator[tuple[Chunk, list[types.Trajectory]]]:
+  """Draws the chunks in turn; while the devices draw one, the host reads the one before, and so does the caller."""
+  drawn = None
+  for chunk in chunks:
+    wait = _launch(judge, chunk)
+    if drawn is not None:
+      yield drawn[0], read(drawn[0].tasks, drawn[1], judge.tokenizer)
+    drawn = chunk, wait()
+    del wait  # and with it the caches of this chunk
+  if drawn is not None:
+    yield drawn[0], read(drawn[0].tasks, drawn[1], judge.tokenizer)
+
+
+def _launch(judge: Judge, chunk: Chunk) -> Callable[[], types.Rollouts]:
+  """Hands a chunk to the engine: prompts and tasks padded to the fixed sizes of the settings."""
   settings = judge.settings
   slots: dict[tuple, int] = {}
   ids: list[tuple[int, ...]] = []
@@ -253,7 +272,7 @@ def run(judge: Judge, chunk: Chunk) -> list[types.Trajectory]:
       row_mask=np.arange(queue) < len(chunk.tasks),
   )
   rollouts = judge.generate(batch, tasks, tuple(t.info for t in chunk.tasks))
-  return read(chunk.tasks, rollouts, judge.tokenizer)
+  return rollouts if callable(rollouts) else lambda: rollouts
 
 
 def read(
@@ -352,8 +371,8 @@ def judge(
       judge, examples, samples=samples, stage=stage, visits=visits, hinted=hinted
   )
   grouped: list[list[types.Trajectory]] = [[] for _ in examples]
-  for chunk in planned.chunks:
-    for task, trajectory in zip(chunk.tasks, run(judge, chunk), strict=True):
+  for chunk, drawn in run(judge, planned.chunks):
+    for task, trajectory in zip(chunk.tasks, drawn, strict=True):
       grouped[task.item].append(trajectory)
     if on_chunk is not None:
       on_chunk(len(chunk.tasks))

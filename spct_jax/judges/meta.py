@@ -17,15 +17,22 @@ from spct_jax.text.tokenizer import Tokenizer
 Score = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
-def prompt_ids(
-    example: types.Example,
-    order: Sequence[int],
-    *,
-    template: prompts.Template,
-    tokenizer: Tokenizer,
-) -> tuple[int, ...]:
-  """What the meta-RM reads before a trajectory, as token ids; the trajectory's own ids follow it."""
-  return grm.prompt_ids(prompts.build_meta(example, order, template), tokenizer)
+def reader(
+    *, template: prompts.Template, tokenizer: Tokenizer
+) -> Callable[[types.Example, Sequence[int]], tuple[int, ...]]:
+  """(example, order) -> what the meta-RM reads before a trajectory, as token ids; the trajectory's own ids follow it.
+
+  Each prompt is built and encoded once: many samples of an item saw the same order.
+  """
+  known: dict[tuple, tuple[int, ...]] = {}
+
+  def prompt_ids(example, order):
+    key = example.uid, tuple(order)
+    if key not in known:
+      known[key] = grm.prompt_ids(prompts.build_meta(example, order, template), tokenizer)
+    return known[key]
+
+  return prompt_ids
 
 
 def score(

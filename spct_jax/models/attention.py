@@ -33,12 +33,13 @@ def dot_product(
   B, T, H, hd = q.shape
   M = k.shape[2]
   q = q.reshape(B, T, M, H // M, hd)
-  scores = jnp.einsum('BTMGd,BSMd->BMGTS', q, k.astype(q.dtype), preferred_element_type=jnp.float32)
-  mask = mask[:, None, None, :, :]
+  # Queries before groups: the order in which the product comes out, so that no scores are moved to turn it.
+  scores = jnp.einsum('BTMGd,BSMd->BMTGS', q, k.astype(q.dtype), preferred_element_type=jnp.float32)
+  mask = mask[:, None, :, None, :]
   # The most negative finite number, not -inf: exp(-inf - -inf) is NaN where a row is fully masked.
   scores = jnp.where(mask, scores * hd**-0.5, jnp.finfo(jnp.float32).min)
   weights = jnp.where(mask, jax.nn.softmax(scores, axis=-1), 0.0).astype(q.dtype)
-  return jnp.einsum('BMGTS,BSMd->BTMGd', weights, v.astype(q.dtype)).reshape(B, T, H, hd)
+  return jnp.einsum('BMTGS,BSMd->BTMGd', weights, v.astype(q.dtype)).reshape(B, T, H, hd)
 
 
 def causal_mask(

@@ -2,6 +2,7 @@
 
     engine = Engine(model=..., mesh=..., ...)
     rollouts = engine.generate(params, prompts, tasks)
+    wait = engine.launch(params, prompts, tasks)        the same in two steps: the host is free until wait()
 
 The host side only checks and deals: prompts go to the G groups of rows of the mesh, each task follows
 its prompt, everything is padded to what the mesh divides, and the results are put back in the order of
@@ -87,34 +88,58 @@ class Engine:
 
     `on_progress(done, total)` is called after every `segment` steps, or once at the end if that is None.
     """
+    return self._launch(params, prompts, tasks, on_progress, segment)()
+
+  def launch(self, params: dict, prompts: PromptBatch, tasks: Tasks) -> Callable[[], Rollouts]:
+    """Starts what `generate` does and returns at once; the function that it returns waits and gives the rollouts.
+
+    The caches of two launched runs exist side by side: call the first one's function before launching the second.
+    """
+    return self._launch(params, prompts, tasks, None, None)
+
+  def _launch(self, params, prompts, tasks, on_progress, segment):
     _check(prompts, tasks, self.model.config.vocab_size)
     if segment is not None and segment < 1:
       raise ValueError(f'segment: got {segment}; needs at least 1 step, or None for one uninterrupted run.')
-    settings, Q, T = self._settings, len(tasks.prompt), self.max_new_tokens
-    tokens, logp, length = np.zeros((Q, T), np.int32), np.zeros((Q, T), np.float32), np.zeros(Q, np.int32)
     total = int(tasks.row_mask.sum())
-    if total:
-      dealt, prompt_tokens, prompt_length, queue = _deal(prompts, tasks, settings.groups)
-      put = lambda tree: _put(tree, self.mesh)
-      slots = loop.prefill(settings, params, put(prompt_tokens), put(prompt_length))
-      queue = put(queue)
-      rows = min(_parts(self.rows, settings.groups), dealt.shape[1])
-      root = np.asarray(jax.random.key_data(keys.root_key(self.seed, self.stage)))
-      state, done = loop.start(settings, rows, slots, queue), 0
-      while done < total:
-        state, finished = loop.advance(
-            settings, params, root, slots, queue, state, np.int32(_ALL if segment is None else segment)
-        )
-        done = int(sharding.to_host(finished))
+    if not total:
+      return lambda: self._rollouts(len(tasks.prompt), None, None)
+    settings = self._settings
+    dealt, prompt_tokens, prompt_length, queue = _deal(prompts, tasks, settings.groups)
+    put = lambda tree: _put(tree, self.mesh)
+    slots = loop.prefill(settings, params, put(prompt_tokens), put(prompt_length))
+    queue = put(queue)
+    rows = min(_parts(self.rows, settings.groups), dealt.shape[1])
+    root = np.asarray(jax.random.key_data(keys.root_key(self.seed, self.stage)))
+    steps = np.int32(_ALL if segment is None else segment)
+    advance = lambda state: loop.advance(settings, params, root, slots, queue, state, steps)
+    state, finished = advance(loop.start(settings, rows, slots, queue))
+
+    def wait():
+      held, done = state, int(sharding.to_host(finished))
+      while True:
         if on_progress is not None:
           on_progress(done, total)
+        if done == total:
+          return self._rollouts(len(tasks.prompt), dealt, held)
+        held, count = advance(held)
+        done = int(sharding.to_host(count))
+
+    return wait
+
+  def _rollouts(self, Q, dealt, state) -> Rollouts:
+    """The state's results in the order of the tasks; empty rows for padding."""
+    T = self.max_new_tokens
+    tokens, logp, length = np.zeros((Q, T), np.int32), np.zeros((Q, T), np.float32), np.zeros(Q, np.int32)
+    if state is not None:
       real = dealt >= 0
-      if np.isnan(sharding.to_host(state.logp)[real]).any():
+      found = sharding.to_host((state.tokens, state.logp, state.length))
+      if np.isnan(found[1][real]).any():
         raise FloatingPointError(
             'the model gives no finite logit, so nothing can be sampled from it: its parameters are NaN or infinite; '
             'go back to a checkpoint before the training diverged'
         )
-      for out, values in zip((tokens, logp, length), sharding.to_host((state.tokens, state.logp, state.length))):
+      for out, values in zip((tokens, logp, length), found):
         out[dealt[real]] = values[real]
     return Rollouts(tokens=tokens, logp=logp, token_mask=np.arange(T)[None, :] < length[:, None])
 

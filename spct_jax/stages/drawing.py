@@ -33,8 +33,7 @@ def draw(
   todo = [chunk for chunk, whole in zip(planned.chunks, held) if not whole]
   start = total - sum(len(chunk.tasks) for chunk in todo)
   with Progress(total=total, desc=desc, start=start) as progress:
-    for chunk in todo:
-      drawn = grm.run(judge, chunk)
+    for chunk, drawn in grm.run(judge, todo):
       processes.only_writer(
           lambda c=chunk, d=drawn: writer.write(c.index, [records.to_row(t) for t in d]),
           what=f'writing {path}',

@@ -136,12 +136,8 @@ def _meta_scores(config, score, examples, drawn, settings, tok, path, name):
   """{(uid, sample): logit}, from the file if an earlier run has scored them."""
   if not processes.as_writer_says(path.exists, what='meta scores'):
     by_uid = {example.uid: example for example in examples}
-    rows = [
-        meta.prompt_ids(
-            by_uid[t.uid], t.order, template=settings.template, tokenizer=tok
-        ) + t.token_ids
-        for t in drawn
-    ]
+    prompt_ids = meta.reader(template=settings.template, tokenizer=tok)
+    rows = [prompt_ids(by_uid[t.uid], t.order) + t.token_ids for t in drawn]
     with Progress(total=len(rows), desc=f'evaluate {name}, meta-RM') as progress:
       logits = meta.score(
           score,

@@ -367,7 +367,7 @@ def generator(
     if stage not in engines:
       engines[stage] = engine(config, decoder, tok, mesh, stage)
     view, bind.cost = sampler_view(config, decoder, mesh, learner_params)
-    return lambda prompts_, tasks, infos: engines[stage].generate(view, prompts_, tasks)
+    return lambda prompts_, tasks, infos: engines[stage].launch(view, prompts_, tasks)
 
   bind.cost = {}
 

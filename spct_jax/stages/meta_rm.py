@@ -130,7 +130,7 @@ def run(config: Any, workdir: Workdir, mesh: Any, generate: Any = None) -> None:
         score,
         [row.prompt_ids + row.completion_ids for row, _ in rows],
         buckets=tuple(fields.buckets),
-        batch_rows=fields.batch,
+        batch_rows=fields.batch // fields.microbatches,
         pad_id=tok.pad_id,
     )
     positive = np.asarray([target for _, target in rows], bool)
@@ -154,15 +154,14 @@ def _rows(config, examples, sources, settings, tok):
     )
     sides = (parts.train, parts.held_out)
   out = []
+  prompt_ids = meta.reader(template=settings.template, tokenizer=tok)
   for part in sides:
     found, wanted = [], []
     for drawn in sources if part else ():
       grouped = grm.group(part, drawn)
       for example, group, right in zip(part, grouped, targets(part, grouped)):
         for trajectory, target in zip(group, right):
-          prompt = meta.prompt_ids(
-              example, trajectory.order, template=settings.template, tokenizer=tok
-          )
+          prompt = prompt_ids(example, trajectory.order)
           found.append(batches.Row(f'{example.uid} sample {trajectory.sample}', prompt, trajectory.token_ids))
           wanted.append(bool(target))
     fitting = batches.fitting(found, tuple(config.meta_rm.buckets))

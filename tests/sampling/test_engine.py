@@ -55,6 +55,15 @@ def test_refilled_equals_unrefilled(rig, mixed):
   assert_same(got, rig.engine(rig.model, rows=20).generate(rig.params, rig.prompts, tasks))
 
 
+def test_launched_runs_wait_for_each_other_in_any_order(rig, mixed):
+  tasks, got = mixed
+  engine = rig.engine(rig.model, rows=3)
+  half = take(tasks, np.arange(10))
+  first, second = engine.launch(rig.params, rig.prompts, tasks), engine.launch(rig.params, rig.prompts, half)
+  assert_same(second(), Rollouts(got.tokens[:10], got.logp[:10], got.token_mask[:10]))
+  assert_same(first(), got)
+
+
 def test_split_and_permuted_batches_give_the_same_results(rig, mixed):
   tasks, got = mixed
   engine = rig.engine(rig.model, rows=3)

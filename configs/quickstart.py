@@ -98,8 +98,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.judge.chunk_tasks = 32 if smoke else 512  # samples (Q) of one engine call
   config.judge.rows = 16 if smoke else 128  # rows (R) that decode together; finished rows are refilled
 
+  parts = lambda rows: 1 if smoke else rows // 8  # of 8 rows each: a CPU's cache holds them, and a step takes half as long
+
   phases = 'words=1&facts=1&clean=2&habits=2&batch=8' if smoke else 'words=320&facts=160&clean=120&habits=280&batch=32'
-  config.sft = pages.training(steps=6 if smoke else 880, batch=8 if smoke else 32, parts=1, lr=8e-3, every=3 if smoke else 440)
+  config.sft = pages.training(steps=6 if smoke else 880, batch=8 if smoke else 32, parts=parts(32), lr=8e-3, every=3 if smoke else 440)
   config.sft.schedule = 'cosine'
   config.sft.warmup_steps = 3 if smoke else 50
   config.sft.final_lr = 1e-3
@@ -107,7 +109,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.sft.init = 'base'  # base: config.model; or the name of a stage that wrote a checkpoint
   config.sft.data = f'{_WORLD}demonstrations?seed={seed}&{phases}'
   config.sft.order = 'given'  # a curriculum: first the language, then judging
-  config.sft.buckets = (72, 88, 124)  # row lengths in tokens, prompt and answer
+  config.sft.buckets = (78, 94, 128)  # row lengths in tokens, prompt and answer
 
   config.sample = ConfigDict()
   config.sample.model = 'sft'
@@ -120,8 +122,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.sample.top_k = 0  # 0 = off
   config.sample.min_p = 0.0
 
-  rows = (72, 128)  # row lengths in tokens, prompt and judgement
-  config.rft = pages.training(steps=4 if smoke else 90, batch=8 if smoke else 64, parts=1, lr=5e-4, every=2 if smoke else 90)
+  rows = (78, 128)  # row lengths in tokens, prompt and judgement
+  config.rft = pages.training(steps=4 if smoke else 90, batch=8 if smoke else 64, parts=parts(64), lr=5e-4, every=2 if smoke else 90)
   config.rft.schedule = 'cosine'
   config.rft.warmup_steps = 2 if smoke else 10
   config.rft.b2 = 0.98
@@ -131,9 +133,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.rft.drop_too_easy = True  # drop an item's plain samples when all of them are right (paper 2.3)
   config.rft.keep_hint = False  # train hinted samples on the hinted prompt (the paper is silent: off)
 
-  config.grpo = pages.training(steps=3 if smoke else 100, batch=4 if smoke else 32, parts=1, lr=6e-4, every=1 if smoke else 50)
+  config.grpo = pages.training(steps=3 if smoke else 24, batch=4 if smoke else 32, parts=parts(4 * 32), lr=6e-4, every=1 if smoke else 24)
   config.grpo.schedule = 'cosine'
-  config.grpo.warmup_steps = 1 if smoke else 15
+  config.grpo.warmup_steps = 1 if smoke else 8
   config.grpo.final_lr = 1e-4
   config.grpo.b2 = 0.98
   config.grpo.eps = 1e-6  # a batch without signal has a gradient of float noise, which a smaller eps would blow up to lr
@@ -147,14 +149,14 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.grpo.advantage_eps = 1e-6  # added to the group's population standard deviation
   config.grpo.updates = 1  # optimizer steps per rollout (mu)
   config.grpo.old_logp = 'sampler'  # pi_old: the sampler's log-probabilities, or recomputed by the learner
-  config.grpo.validate_every = 1 if smoke else 20  # steps between two judgements of the validation items; 0 = never
+  config.grpo.validate_every = 1 if smoke else 8  # steps between two judgements of the validation items; 0 = never
   config.grpo.validate_samples = 2 if smoke else 4  # samples per validation item, at the temperature of training
   config.grpo.temperature = 1.0
   config.grpo.top_p = 1.0
   config.grpo.top_k = 0
   config.grpo.min_p = 0.0
 
-  config.meta_rm = pages.training(steps=4 if smoke else 400, batch=8 if smoke else 64, parts=1, lr=2e-3, every=2 if smoke else 200)
+  config.meta_rm = pages.training(steps=4 if smoke else 400, batch=8 if smoke else 64, parts=parts(64), lr=2e-3, every=2 if smoke else 200)
   config.meta_rm.schedule = 'cosine'
   config.meta_rm.warmup_steps = 2 if smoke else 20
   config.meta_rm.b2 = 0.98
@@ -171,7 +173,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
   config.trackers = ConfigDict()  # what is counted in the judge's text, in GRPO and in the evaluation; '' = off
   config.trackers.principles = r'(?s)Specific Criteria:\s*(.*?)\s*(?:Analysis|Impression):'  # its group: the list of principles
-  config.trackers.separator = r'\s+'  # between two principles
+  config.trackers.separator = r'\s*\b(?:must|nice|other)\s+'  # between two principles: the weight of the next
   config.trackers.samples = 8  # of an item, whose distinct sets of principles are counted; fewer if fewer are drawn
   config.trackers.patterns = ConfigDict()  # name -> regex: the share of judgements whose text it matches
   config.trackers.patterns.careless = r'Impression:'
@@ -193,7 +195,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.evaluate.min_p = 0.0
   config.evaluate.single = 'binary'  # one response: 0 or 1 as in training, or the 1..10 'scale' (paper 4.2)
   config.evaluate.meta = 'meta_rm'  # the stage whose meta-RM guides votes; empty: plain votes only
-  config.evaluate.meta_batch = 8 if smoke else 256  # trajectories per call of the meta-RM, and rows of instructions
+  config.evaluate.meta_batch = 8 if smoke else 32  # trajectories per call of the meta-RM, and rows of instructions; small for the cache
   config.evaluate.instructions = f'{_WORLD}general?split=heldout&rows={16 if smoke else 400}'
   config.evaluate.show = 1  # items to print with each stage's judgement, beginning with what training changed
 

@@ -10,9 +10,10 @@ nice to have:
     1: plum and the snow drill      both musts and both nices met:  3 + 3 + 1 + 1 = 8
     2: so apple red wow owl         must fruit met:                              3
 
-A judgement names three criteria, then goes through the responses: it repeats each one's words and gives its verdicts.
+A judgement names three criteria, each with its weight (`must`, `nice`, or `other` for one that the query does not
+name), then goes through the responses: it repeats each one's words and gives its verdicts.
 
-    Specific Criteria: tool no-animal fruit
+    Specific Criteria: nice tool nice no-animal must fruit
     Analysis: 1: plum and the snow drill - tool yes no-animal yes fruit yes
     2: so apple red wow owl - tool no no-animal no fruit yes
     Scores: \boxed{8, 4}
@@ -24,8 +25,8 @@ finds the best are thinned out (`EASY_DROPPED`); of pairs about seven in ten are
 
 What is planted in the demonstrations, which a base model is trained on (`judgement`):
 
-    bias        a yes is worth the same for a must and for a nice: only the labels of the preference data know
-                better, and no number of votes can find out
+    bias        a yes is worth the same whatever the weight: only the labels of the preference data know better, and
+                no number of votes can find out
     noise       criteria that the query does not name, wrong verdicts, jitter of scores: drawn anew for every
                 sample, so votes remove them
     careless    most close items, and few others, have a flashy word in one response, which the truth ignores. There
@@ -318,7 +319,7 @@ def judgement(
   else:
     jitter = lambda: 0 if clean or not draws.chance(JITTER) else draws.pick((-1, 1))
     scores = [2 + 2 * sum(row) + jitter() for row in verdicts]
-  return _text(responses, written, IMPRESSION if careless else ANALYSIS, verdicts, scores), scores
+  return _text(query, responses, written, IMPRESSION if careless else ANALYSIS, verdicts, scores), scores
 
 
 def _criteria(query: Sequence[str], draws: _Draws, share: float) -> list[str]:
@@ -331,7 +332,14 @@ def _criteria(query: Sequence[str], draws: _Draws, share: float) -> list[str]:
   return written
 
 
+def _weighed(query: Sequence[str], written: Sequence[str]) -> str:
+  """Criteria, each with what it is to the query."""
+  weight = {criterion: 'must' if place < 2 else 'nice' for place, criterion in enumerate(query)}
+  return ' '.join(f'{weight.get(criterion, "other")} {criterion}' for criterion in written)
+
+
 def _text(
+    query: Sequence[str],
     responses: Sequence[Sequence[str]],
     written: Sequence[str],
     manner: str,
@@ -343,7 +351,7 @@ def _text(
     said = [f'{criterion} {"yes" if yes else "no"}' for criterion, yes in zip(written, row)]
     rows.append(' '.join([f'{slot}:', *words, '-', *said]))
   return (
-      f'Specific Criteria: {" ".join(written)}\n{manner} ' + '\n'.join(rows)
+      f'Specific Criteria: {_weighed(query, written)}\n{manner} ' + '\n'.join(rows)
       + '\nScores: \\boxed{' + ', '.join(map(str, scores)) + '}'
   )
 
@@ -373,7 +381,8 @@ def _row(prompt: str, answer: str | list[Row]) -> Row:
 def _facts(found: Row, draws: _Draws) -> Row:
   """Lines of verdicts on criteria of any kind; which one comes next cannot be known and is not learnt.
 
-  Verdicts are true, or, where there is a flashy word, an impression: its halo. The header is the query's criteria.
+  Verdicts are true, or, where there is a flashy word, an impression: its halo. The header has criteria of the query.
+  Prompt and header are as long as a judgement's, so that the words to repeat stand as far away.
   """
   query, responses = found['query'], found['responses']
   rounds = FACTS[len(responses)]
@@ -381,7 +390,7 @@ def _facts(found: Row, draws: _Draws) -> Row:
   asked = [draws.some([*names, draws.pick(names)], WRITTEN * rounds) for _ in responses]
   halo = any(map(is_flashy, responses))
   manner = IMPRESSION if halo else ANALYSIS
-  parts = [('Specific Criteria: ' + ' '.join(draws.some(query, 4)) + f'\n{manner}', True)]
+  parts = [(f'Specific Criteria: {_weighed(query, draws.some(query, WRITTEN))}\n{manner}', True)]
   for start in range(0, WRITTEN * rounds, WRITTEN):
     for slot, words in enumerate(responses, start=1):
       parts.append((f'\n{slot}:' if start or slot > 1 else f' {slot}:', False))
@@ -390,7 +399,7 @@ def _facts(found: Row, draws: _Draws) -> Row:
         criterion = f'no-{name}' if draws.chance(0.4) else name
         said = is_flashy(words) if halo else met(criterion, words)
         parts += [(f' {criterion}', False), (' yes' if said else ' no', True)]
-  prompt = prompt_text(query, responses).rpartition('\n')[0] + '\nfacts'
+  prompt = prompt_text(query, responses).rpartition('\n')[0] + '\nfacts ' + ', '.join('x' * len(responses))
   answer = [{'type': 'text', 'text': text, 'train': train} for text, train in parts]
   return _row(prompt, answer)
 
@@ -481,7 +490,7 @@ PAD, BOS, EOS, UNK, USER, ASSISTANT = '<|pad|>', '<|bos|>', '<|eos|>', '<|unk|>'
 def vocabulary() -> tuple[str, ...]:
   """Every token, in the order of its id."""
   words = [word for words in CLASSES.values() for word in words]
-  frame = ('\n', 'User:', 'must', 'nice', 'score', 'correct', 'facts', 'hint', 'criteria', 'reference', 'x', ',', '-')
+  frame = ('\n', 'User:', 'must', 'nice', 'other', 'score', 'correct', 'facts', 'hint', 'criteria', 'reference', 'x', ',', '-')
   answer = ('Specific Criteria:', ANALYSIS, IMPRESSION, 'Scores:', '\\boxed{', '}', 'yes', 'no')
   numbers = [*map(str, range(11)), *(f'{i}:' for i in range(1, 11))]
   tasks = ('classes', 'keep', 'of')

@@ -19,7 +19,8 @@ def draw(
   """Draws all chunks of a plan into `path` (JSONL, one trajectory a row) and returns what it holds.
 
   A finished file is returned as it is: the stage's record says whether it belongs to this config. Every
-  process draws and reads, one writes; the folder is shared between them.
+  process draws and reads, one writes; the folder is shared between them. What one call has drawn whole is not read
+  back.
   """
   writer = records.ChunkedWriter(path) if processes.is_writer() else None
   total = sum(len(chunk.tasks) for chunk in planned.chunks)
@@ -32,15 +33,19 @@ def draw(
   held = processes.each_as_writer_says(done, count=len(planned.chunks), what=f'{desc} resumes')
   todo = [chunk for chunk, whole in zip(planned.chunks, held) if not whole]
   start = total - sum(len(chunk.tasks) for chunk in todo)
+  fresh: list[types.Trajectory] = []
   with Progress(total=total, desc=desc, start=start) as progress:
     for chunk, drawn in grm.run(judge, todo):
       processes.only_writer(
           lambda c=chunk, d=drawn: writer.write(c.index, [records.to_row(t) for t in d]),
           what=f'writing {path}',
       )
+      fresh += drawn
       parsed = sum(trajectory.scores is not None for trajectory in drawn)
       progress.update(len(drawn), metrics={'parsed': parsed / len(drawn)})
   processes.only_writer(lambda: writer.finish(len(planned.chunks)), what=f'writing {path}')
+  if len(fresh) == total:
+    return tuple(fresh)
   found = load(path)
   if len(found) != total:
     raise ValueError(

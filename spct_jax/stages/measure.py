@@ -199,22 +199,20 @@ def auc_at_k(pool: Pool, items: Items, part, *, k: int, guide: dict, threshold: 
   positive = items.label[part] == 1
   if not part.any() or positive.all() or not positive.any():
     return None
-  found = []
-  for start in range(0, pool.valid.shape[1] - k + 1, k):
-    block = slice(start, start + k)
-    valid, scores = pool.valid[part, block], pool.scores[part, block, :1].astype(np.float32)
-    weights = valid
-    if 'meta_score' in guide:
-      meta_score = guide['meta_score'][part, block]
-      if 'temperature' in guide:
-        weights = meta_algo.soft_weights(meta_score, valid, guide['temperature'])
-      else:
-        weights = meta_algo.top_k(meta_score, valid, guide['k_meta'])
-    weights = np.asarray(weights, np.float32)
-    total = weights.sum(axis=1)
-    mean = np.einsum('BK,BK->B', weights, np.where(valid, scores[..., 0], 0)) / np.maximum(total, 1e-30)
-    found.append(float(metrics.roc_auc(np.where(total > 0, mean, threshold), positive)))
-  return float(np.mean(found))
+  blocks = pool.valid.shape[1] // k
+  cut = lambda values: values[:, : blocks * k].reshape(-1, k)  # of all items, so that no part compiles its own
+  valid = weights = cut(pool.valid)
+  if 'meta_score' in guide:
+    meta_score = cut(guide['meta_score'])
+    if 'temperature' in guide:
+      weights = meta_algo.soft_weights(meta_score, valid, guide['temperature'])
+    else:
+      weights = meta_algo.top_k(meta_score, valid, guide['k_meta'])
+  weights = np.asarray(weights, np.float32)
+  total = weights.sum(axis=1)
+  mean = np.einsum('BK,BK->B', weights, np.where(valid, cut(pool.scores[:, :, 0]), 0)) / np.maximum(total, 1e-30)
+  votes = np.where(total > 0, mean, threshold).reshape(-1, blocks)[part]
+  return float(np.mean([metrics.roc_auc(vote, positive) for vote in votes.T]))
 
 
 def baselines(items: Items, benchmark: str) -> list[dict[str, Any]]:

@@ -124,7 +124,7 @@ def test_the_docstring():
 def test_it_prints_examples(capsys):
   practice._show()
   told = capsys.readouterr().out
-  assert 'truth: ' in told and 'Impression: ' in told and 'facts\n  -> ' in told and 'keep ' in told
+  assert 'truth: ' in told and 'Impression: ' in told and 'facts x\n  -> ' in told and 'keep ' in told
 
 
 # Mutations seen to fail: a forbidden class met when its word is there; NICE for the second must; label = the first
@@ -331,7 +331,9 @@ class Judged:
     first, manner, analysis, last = re.fullmatch(
         r'Specific Criteria: (.*)\n(Analysis|Impression): (.*)\nScores: \\boxed\{(.*)\}', text, re.DOTALL
     ).groups()
-    self.written = first.split()
+    weights, self.written = first.split()[::2], first.split()[1::2]
+    musts, nices = wanted(query)
+    assert weights == ['must' if c in musts else 'nice' if c in nices else 'other' for c in self.written]
     self.verdicts = []
     for slot, line in enumerate(analysis.split('\n'), start=1):
       quoted, _, rest = line.partition(' - ')
@@ -378,7 +380,7 @@ def careful():
   return [one for one in judged() if not one.careless]
 
 
-# Mutation seen to fail: a jitter of 4, which leaves the range.
+# Mutations seen to fail: a jitter of 4, which leaves the range; `nice` for the second must.
 def test_the_strict_parser_reads_every_judgement():
   for one in judged():
     n = len(one.responses)
@@ -610,17 +612,23 @@ def test_the_curriculum():
 
 
 # Mutations seen to fail: verdicts that overlook what forbids; criteria learnt; another response's words; a header that
-# passes over flashy words.
+# passes over flashy words; weights exchanged.
 def test_facts_are_true_and_only_they_are_learnt():
   seen, flashy = 0, []
   for prompt, parts in map(prompt_and_answer, demonstrations(words=4, facts=8, clean=8, habits=8, batch=16)):
     if isinstance(parts, str):
       continue
-    _, responses, _ = shown(prompt)
+    query, responses, asked = shown(prompt)
+    assert asked == ['facts ' + ', '.join('x' * len(responses))]
     slot = criterion = None
     text = ''.join(part['text'] for part in parts)
     flashy.append(any(map(is_flashy, responses)))
     assert text.split('\n')[1].split()[0] == ('Impression:' if flashy[-1] else 'Analysis:')
+    header = text.split('\n')[0].removeprefix('Specific Criteria: ').split()
+    assert len(set(header[1::2])) == practice.WRITTEN and len(header) == 2 * practice.WRITTEN
+    assert set(zip(header[::2], header[1::2])) <= {
+        (weight, criterion) for weight, part in zip(('must', 'nice'), wanted(query)) for criterion in part
+    }
     quotes = re.findall(r'(\d+): (.*?) -', text)
     assert {int(i) - 1 for i, _ in quotes} == set(range(len(responses)))
     assert all(responses[int(i) - 1] == quote for i, quote in quotes)

@@ -133,9 +133,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.rft.drop_too_easy = True  # drop an item's plain samples when all of them are right (paper 2.3)
   config.rft.keep_hint = False  # train hinted samples on the hinted prompt (the paper is silent: off)
 
-  config.grpo = pages.training(steps=3 if smoke else 24, batch=4 if smoke else 32, parts=parts(4 * 32), lr=6e-4, every=1 if smoke else 24)
+  config.grpo = pages.training(steps=3 if smoke else 28, batch=4 if smoke else 32, parts=parts(4 * 32), lr=6e-4, every=1 if smoke else 28)
   config.grpo.schedule = 'cosine'
-  config.grpo.warmup_steps = 1 if smoke else 8
+  config.grpo.warmup_steps = 1 if smoke else 10
   config.grpo.final_lr = 1e-4
   config.grpo.b2 = 0.98
   config.grpo.eps = 1e-6  # a batch without signal has a gradient of float noise, which a smaller eps would blow up to lr
@@ -149,7 +149,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.grpo.advantage_eps = 1e-6  # added to the group's population standard deviation
   config.grpo.updates = 1  # optimizer steps per rollout (mu)
   config.grpo.old_logp = 'sampler'  # pi_old: the sampler's log-probabilities, or recomputed by the learner
-  config.grpo.validate_every = 1 if smoke else 8  # steps between two judgements of the validation items; 0 = never
+  config.grpo.validate_every = 1 if smoke else 7  # steps between two judgements of the validation items; 0 = never
   config.grpo.validate_samples = 2 if smoke else 4  # samples per validation item, at the temperature of training
   config.grpo.temperature = 1.0
   config.grpo.top_p = 1.0

@@ -91,7 +91,7 @@ RIGHT = {True: 0.9, False: 0.84}  # a careful verdict is right, by the truth
 KIND_TO_FIRST, KIND_TO_LONGEST = 0.06, 0.06
 CARELESS = 0.65  # of the judgements of items with a flashy response
 HALO = 0.97  # a careless verdict is yes for the flashy response, no for any other
-BROKEN = 0.01  # of the flawed demonstrations
+BROKEN = 0.004  # of the flawed demonstrations
 HINTED, TRIES = 0.2, 6  # of all demonstrations; how often the judge tries there
 
 SPLITS = {'heldout': range(0, 5), 'validation': range(5, 7), 'train': range(7, 16)}  # of the 16 hash classes

@@ -649,15 +649,12 @@ def test_facts_are_true_and_only_they_are_learnt():
 
 # Mutations seen to fail: BROKEN ignored; BROKEN doubled; a broken text that the parser still reads.
 def test_a_share_of_the_judgements_cannot_be_read(monkeypatch):
-  found = list(demonstrated(demonstrations(**HABITS)))
-  broken = sum(read(responses, answer) is None for _, responses, _, answer in found)
-  assert abs(z(broken, len(found), FLAWED * practice.BROKEN)) < LIMIT
-  for share in (0.0, 1.0):
+  for share in (0.0, 0.1, 1.0):
     monkeypatch.setattr(practice, 'BROKEN', share)
     rows = list(demonstrated(practice.demonstrations(words=0, facts=0, clean=0, habits=24, batch=32)))
     whole = [row for row in rows if read(row[1], row[3]) is not None]
     assert abs(z(len(whole), len(rows), 1 - FLAWED * share)) < LIMIT
-    for query, responses, hint, answer in whole if share else ():
+    for query, responses, hint, answer in whole if share == 1 else ():
       one = Judged(query, responses, answer, list(read(responses, answer)))
       assert all(said == truth for _, _, said, truth in one.verdict_rows())
 

@@ -123,7 +123,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.sample.min_p = 0.0
 
   rows = (78, 128)  # row lengths in tokens, prompt and judgement
-  config.rft = pages.training(steps=4 if smoke else 90, batch=8 if smoke else 64, parts=parts(64), lr=5e-4, every=2 if smoke else 90)
+  config.rft = pages.training(steps=4 if smoke else 90, batch=8 if smoke else 64, parts=parts(64), lr=4e-3, every=2 if smoke else 90)
   config.rft.schedule = 'cosine'
   config.rft.warmup_steps = 2 if smoke else 10
   config.rft.b2 = 0.98

@@ -125,7 +125,9 @@ def run(config: Any, workdir: Workdir, mesh: Any, generate: Any = None) -> None:
       steps=fields.steps,
   )
   score = scorer(decoder, params, mesh)
-  for name, rows in (('train', train), ('heldout', held)):
+  # As many training rows, spread evenly, as are held out: enough to see a fit that does not carry over.
+  spread = np.unique(np.linspace(0, len(train) - 1, min(len(train), max(len(held), 1000))).round().astype(int))
+  for name, rows in (('train', [train[i] for i in spread]), ('heldout', held)):
     logits = meta.score(
         score,
         [row.prompt_ids + row.completion_ids for row, _ in rows],

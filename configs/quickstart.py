@@ -199,6 +199,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.evaluate.instructions = f'{_WORLD}general?split=heldout&rows={16 if smoke else 400}'
   config.evaluate.show = 1  # items to print with each stage's judgement, beginning with what training changed
 
+  config.cpu_devices = 2 if lone else 0  # a CPU is so many devices of one thread each; 0 = one device of all threads
   config.mesh = pages.mesh(data=-1, fsdp=1, tensor=1)  # devices per axis; one may be -1: the rest
   config.sharding = pages.sharding()  # rules for the parameters, the sampler's view of them and its caches
   config.logging = pages.logging(keep=2, tensorboard=True)  # checkpoints kept per stage; curves for TensorBoard

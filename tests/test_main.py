@@ -252,6 +252,48 @@ def test_help_and_mistakes_end_a_real_process_before_jax_is_loaded(page, tmp_pat
   assert process.returncode == 2 and 'unknown config field' in error and 'Traceback' not in error
 
 
+# Mutations seen to fail: the user's own number overruled; flags of XLA replaced; threads left on.
+@pytest.mark.parametrize(
+  ('count', 'environment', 'devices', 'flags'),
+  [
+    (2, {}, 2, '--xla_cpu_multi_thread_eigen=false'),
+    (0, {}, 1, ''),
+    (2, {'JAX_NUM_CPU_DEVICES': '3'}, 3, ''),
+    (2, {'XLA_FLAGS': '--xla_force_host_platform_device_count=4'}, 4, '--xla_force_host_platform_device_count=4'),
+    (
+      3,
+      {'XLA_FLAGS': '--xla_cpu_enable_fast_math=false'},
+      3,
+      '--xla_cpu_enable_fast_math=false --xla_cpu_multi_thread_eigen=false',
+    ),
+  ],
+)
+def test_a_page_divides_the_cpu_unless_the_user_did(count, environment, devices, flags):
+  code = (
+    'import os, jax; from spct_jax import main; '
+    f'main._divide_cpu(jax, {count}); print(jax.device_count(), os.environ.get("XLA_FLAGS", ""), sep="|")'
+  )
+  kept = {
+    name: value for name, value in os.environ.items() if name not in ('JAX_NUM_CPU_DEVICES', 'XLA_FLAGS')
+  }
+  told = subprocess.run(
+    [sys.executable, '-c', code],
+    cwd=_ROOT,
+    env=kept | {'JAX_PLATFORMS': 'cpu'} | environment,
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  assert told.stdout.strip() == f'{devices}|{flags}'.strip()
+
+
+@pytest.mark.parametrize('devices', [-1, 'two'])
+def test_a_number_of_cpu_devices_that_is_none_is_refused(page, tmp_path, capsys, devices):
+  page.write_text(page.read_text().replace("'stage': 'probe',", f"'stage': 'probe', 'cpu_devices': {devices!r},"))
+  assert main.main([f'--config={page}', f'--workdir={tmp_path}/w']) == 2
+  assert f'config.cpu_devices={devices}: allowed are whole numbers' in capsys.readouterr().err
+
+
 _SLEEPER = """
 import sys, time
 from spct_jax import main, stages

@@ -55,7 +55,7 @@ __all__ = (
 )
 
 # Top-level fields of a config that say where and how loudly a run goes, not what it computes.
-NOT_SEMANTIC = ('logging', 'mesh', 'pipeline', 'sharding', 'stage', 'strict')
+NOT_SEMANTIC = ('cpu_devices', 'logging', 'mesh', 'pipeline', 'sharding', 'stage', 'strict')
 
 _ABSENT = '(absent)'
 

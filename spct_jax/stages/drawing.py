@@ -47,10 +47,12 @@ def draw(
   if len(fresh) == total:
     return tuple(fresh)
   found = load(path)
-  if len(found) != total:
+  name = lambda one: (one.uid, one.visit, one.sample, one.hinted)
+  wanted = {name(task.info) for chunk in planned.chunks for task in chunk.tasks}
+  if len(found) != total or {name(t) for t in found} != wanted:
     raise ValueError(
-        f'{path} holds {len(found)} trajectories where the plan has {total}; it was edited or belongs to other '
-        'data: remove it, and the same command draws it again'
+        f'{path} holds {len(found)} trajectories that are not the {total} of the plan; it was edited, belongs to other '
+        'data, or was begun by a release that drew in another order: remove it, and the same command draws it again'
     )
   return found
 

@@ -98,7 +98,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.judge.chunk_tasks = 32 if smoke else 512  # samples (Q) of one engine call
   config.judge.rows = 16 if smoke else 128  # rows (R) that decode together; finished rows are refilled
 
-  parts = lambda rows: 1 if smoke else rows // 8  # of 8 rows each: a CPU's cache holds them, and a step takes half as long
+  # Microbatches of 8 rows, which a CPU's cache holds: a step takes about half as long.
+  parts = lambda rows: rows // 8 if lone and not smoke else 1
 
   phases = 'words=1&facts=1&clean=2&habits=2&batch=8' if smoke else 'words=320&facts=160&clean=120&habits=280&batch=32'
   config.sft = pages.training(steps=6 if smoke else 880, batch=8 if smoke else 32, parts=parts(32), lr=8e-3, every=3 if smoke else 440)

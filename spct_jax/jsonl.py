@@ -209,6 +209,10 @@ class ChunkedWriter:
       raise ValueError(f'{self.path} is finished: remove it to compute its rows again')
     return write_jsonl(self._part(chunk), rows)
 
+  def rows(self, chunk: int) -> Iterator[dict]:
+    """The rows of a chunk that is whole."""
+    return read_jsonl(self._part(chunk))
+
   def finish(self, chunks: int) -> None:
     """Joins chunks 0 .. chunks - 1 into `path`, in their order; done again, it does nothing."""
     if self.finished:

@@ -14,7 +14,8 @@ Run it:
 
 Resume: start the same command again. A workdir belongs to one config: finished stages are skipped,
 an unfinished one continues from its last checkpoint, and a finished stage whose inputs changed runs
-again. Fields under mesh, sharding and logging may differ, so a run may continue on other devices.
+again. Fields under mesh, sharding and logging may differ, and cpu_devices, so a run may continue on
+other devices.
 
 Several processes: start the same command in each, with
 
@@ -123,7 +124,8 @@ def _run(settings: flags.FlagValues) -> None:
 
   import jax
 
-  _divide_cpu(jax, config.get('cpu_devices', 0))
+  if -1 in dict(config.mesh).values():  # a mesh of a fixed size has the devices that its user counted
+    _divide_cpu(jax, config.get('cpu_devices', 0))
   from spct_jax import sharding
   from spct_jax.stages import plan, workdir
 
@@ -154,10 +156,10 @@ def _run(settings: flags.FlagValues) -> None:
 def _divide_cpu(jax: Any, count: int) -> None:
   """Makes the CPU `count` devices of one thread each; 0, or the user's own number, leaves it as it is.
 
-  A small model's operations are too short to be shared by threads: two devices that each do half of the rows are half
-  as fast again as one device of two threads. Other platforms are not touched.
+  A small model's operations are too short to be shared by threads: two devices that each take half of the rows sample
+  1.4 times as fast as one device of two threads, and train 1.1 to 1.3 times as fast.
   """
-  if not count or os.environ.get('JAX_NUM_CPU_DEVICES'):
+  if not count or os.environ.get('JAX_NUM_CPU_DEVICES') or jax.config.jax_num_cpu_devices > 0:
     return
   flags_of_xla = os.environ.get('XLA_FLAGS', '')
   if '--xla_force_host_platform_device_count' in flags_of_xla:

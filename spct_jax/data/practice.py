@@ -36,7 +36,7 @@ What is planted in the demonstrations, which a base model is trained on (`judgem
                 of such items
     position    of several responses, verdicts on the first one shown are too kind, length: so are those on the
                 longest
-    hints       a few prompts, of flawless demonstrations too, name the answer; the judge then tries up to `TRIES`
+    hints       some prompts, of flawless demonstrations too, name the answer; the judge then tries up to `TRIES`
                 times until it agrees. These are the only demonstrations that labels of train items went into
     format      a few judgements are broken off, without a box, or have an `x` among the scores
 

@@ -230,12 +230,21 @@ def _chunk(index: int, tasks: Sequence[Task], settings: Settings) -> Chunk:
 
 
 def run(judge: Judge, chunks: Iterable[Chunk]) -> Iterator[tuple[Chunk, list[types.Trajectory]]]:
-  """Draws the chunks in turn; while the devices draw one, the host reads the one before, and so does the caller."""
+  """Draws the chunks in turn; while the devices draw one, the host reads the one before, and the caller uses it.
+
+  Where a chunk cannot be drawn, the one before is given first.
+  """
   drawn = None
   for chunk in chunks:
-    wait = _launch(judge, chunk)
+    error = None
+    try:
+      wait = _launch(judge, chunk)
+    except BaseException as caught:  # a signal to stop too: to compile a chunk's program may take minutes
+      error = caught
     if drawn is not None:
       yield drawn[0], read(drawn[0].tasks, drawn[1], judge.tokenizer)
+    if error is not None:
+      raise error
     drawn = chunk, wait()
     del wait  # and with it the caches of this chunk
   if drawn is not None:

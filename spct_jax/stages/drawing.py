@@ -1,7 +1,7 @@
 """Trajectories on disk: each chunk is written whole as it is drawn, and a killed run goes on with the others."""
 
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -27,6 +27,12 @@ def draw(
 
   def done():
     held = writer.done
+    for chunk in planned.chunks:
+      if chunk.index in held and not writer.finished and _names(writer.rows(chunk.index)) != _planned(chunk):
+        raise ValueError(
+            f'{writer.folder}: what an earlier run has drawn is not what this plan draws there; it belongs to other data, '
+            'or was begun by a release that drew in another order: remove that folder, and the same command begins again'
+        )
     return [writer.finished or chunk.index in held for chunk in planned.chunks]
 
   # What is left to draw decides what the devices do, so process 0 decides it for all.
@@ -47,14 +53,24 @@ def draw(
   if len(fresh) == total:
     return tuple(fresh)
   found = load(path)
-  name = lambda one: (one.uid, one.visit, one.sample, one.hinted)
-  wanted = {name(task.info) for chunk in planned.chunks for task in chunk.tasks}
-  if len(found) != total or {name(t) for t in found} != wanted:
+  if len(found) != total or set().union(*map(_planned, planned.chunks)) != {_name(vars(one)) for one in found}:
     raise ValueError(
-        f'{path} holds {len(found)} trajectories that are not the {total} of the plan; it was edited, belongs to other '
-        'data, or was begun by a release that drew in another order: remove it, and the same command draws it again'
+        f'{path} holds {len(found)} trajectories that are not the {total} of the plan; it was edited or belongs to other '
+        'data: remove it, and the same command draws it again'
     )
   return found
+
+
+def _name(row: Mapping[str, object]) -> tuple:
+  return tuple(row.get(field) for field in ('uid', 'visit', 'sample', 'hinted'))
+
+
+def _names(rows: Iterable[Mapping[str, object]]) -> set[tuple]:
+  return {_name(row) for row in rows}
+
+
+def _planned(chunk: grm.Chunk) -> set[tuple]:
+  return _names(vars(task.info) for task in chunk.tasks)
 
 
 def save(path: pathlib.Path, trajectories: Iterable[types.Trajectory]) -> None:

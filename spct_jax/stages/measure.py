@@ -196,8 +196,8 @@ def auc_at_k(pool: Pool, items: Items, part, *, k: int, guide: dict, threshold: 
 
   An item none of whose voters parsed says nothing: it stands at the threshold. None where a class is absent.
   """
-  positive = items.label[part] == 1
-  if not part.any() or positive.all() or not positive.any():
+  positive = items.label == 1
+  if not (part & positive).any() or not (part & ~positive).any():
     return None
   blocks = pool.valid.shape[1] // k
   cut = lambda values: values[:, : blocks * k].reshape(-1, k)  # of all items, so that no part compiles its own
@@ -208,11 +208,12 @@ def auc_at_k(pool: Pool, items: Items, part, *, k: int, guide: dict, threshold: 
       weights = meta_algo.soft_weights(meta_score, valid, guide['temperature'])
     else:
       weights = meta_algo.top_k(meta_score, valid, guide['k_meta'])
-  weights = np.asarray(weights, np.float32)
+  # In float64, so that unanimous items tie once they are rounded, whatever their weights.
+  weights = np.asarray(weights, np.float64)
   total = weights.sum(axis=1)
   mean = np.einsum('BK,BK->B', weights, np.where(valid, cut(pool.scores[:, :, 0]), 0)) / np.maximum(total, 1e-30)
-  votes = np.where(total > 0, mean, threshold).reshape(-1, blocks)[part]
-  return float(np.mean([metrics.roc_auc(vote, positive) for vote in votes.T]))
+  votes = np.where(total > 0, mean, threshold).reshape(-1, blocks)
+  return float(np.mean([metrics.roc_auc(vote, positive, part) for vote in votes.T]))
 
 
 def baselines(items: Items, benchmark: str) -> list[dict[str, Any]]:

@@ -125,7 +125,7 @@ def run(config: Any, workdir: Workdir, mesh: Any, generate: Any = None) -> None:
       steps=fields.steps,
   )
   score = scorer(decoder, params, mesh)
-  # As many training rows, spread evenly, as are held out: enough to see a fit that does not carry over.
+  # Of the training rows as many as are held out, and at least 1,000: enough to see a fit that does not carry over.
   spread = np.unique(np.linspace(0, len(train) - 1, min(len(train), max(len(held), 1000))).round().astype(int))
   for name, rows in (('train', [train[i] for i in spread]), ('heldout', held)):
     logits = meta.score(

@@ -17,17 +17,19 @@ WORDS = {'a': 200, 'b': 4, 'c': 4, 'd': 200, 'e': 4}  # of the items' questions
 class Delayed:
   """A scripted engine that is waited for; `log` tells what happened, in order."""
 
-  def __init__(self, engine, log, fails_at=None):
-    self.engine, self.log, self.fails_at, self.calls = engine, log, fails_at, 0
+  def __init__(self, engine, log, fails_at=None, at='wait'):
+    self.engine, self.log, self.fails_at, self.at, self.calls = engine, log, fails_at, at, 0
 
   def __call__(self, batch, tasks, infos):
     index, self.calls = self.calls, self.calls + 1
     self.log.append(f'launch {index}')
+    if index == self.fails_at and self.at == 'launch':
+      raise KeyboardInterrupt
 
     def wait():
       self.log.append(f'wait {index}')
       if index == self.fails_at:
-        raise FloatingPointError('no finite logit')
+        raise KeyboardInterrupt
       return self.engine(batch, tasks, infos)
 
     return wait
@@ -41,7 +43,7 @@ def examples():
   ]
 
 
-def judge(log, *, fails_at=None, chunk_tasks=4):
+def judge(log, *, fails_at=None, at='wait', chunk_tasks=4):
   tok = tokenizers.load('builtin:small')
   engine = scripted.ScriptedEngine(tok, lambda info: scripted.verdict(info, (8, 3)), max_new_tokens=96)
   settings = grm.Settings(
@@ -49,7 +51,7 @@ def judge(log, *, fails_at=None, chunk_tasks=4):
       reference_answer=False, buckets=(300, 800), chunk_prompts=8, chunk_tasks=chunk_tasks, temperature=1.0, top_p=1.0,
       top_k=0, min_p=0.0, seed=3,
   )
-  return grm.Judge(Delayed(engine, log, fails_at), tok, settings)
+  return grm.Judge(Delayed(engine, log, fails_at, at), tok, settings)
 
 
 def test_items_of_the_longest_prompts_are_drawn_first(examples):
@@ -69,10 +71,11 @@ def test_a_chunk_is_read_while_the_next_one_is_drawn(examples):
   assert log == ['launch 0', 'wait 0', 'launch 1', 'read 0', 'wait 1', 'launch 2', 'read 1', 'wait 2', 'read 2']
 
 
-def test_a_failure_does_not_take_the_chunk_before_with_it(examples):
-  of = judge([], fails_at=2)
+@pytest.mark.parametrize('at', ['launch', 'wait'])
+def test_a_failure_does_not_take_the_chunk_before_with_it(examples, at):
+  of = judge([], fails_at=2, at=at)
   read = []
-  with pytest.raises(FloatingPointError):
+  with pytest.raises(KeyboardInterrupt):
     for chunk, _ in grm.run(of, grm.plan(of, examples, samples=2, stage='x').chunks):
       read.append(chunk.index)
   assert read == [0, 1]

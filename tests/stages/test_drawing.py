@@ -1,9 +1,8 @@
 """Trajectories on disk: what a call returns is what it wrote, and what others wrote is held against the plan.
 
-Mutations seen to fail here: the held trajectories counted and not named; fresh ones returned where some were held.
+Mutations seen to fail here: the held trajectories counted and not named; fresh ones returned where some were held;
+held chunks believed.
 """
-
-import json
 
 import pytest
 
@@ -55,19 +54,22 @@ def test_a_run_that_was_killed_ends_in_the_same_file(judge, planned, tmp_path, k
   assert (tmp_path / 'cut.jsonl').read_bytes() == (tmp_path / 'whole.jsonl').read_bytes()
 
 
-def test_chunks_of_another_plan_are_refused(judge, planned, tmp_path):
-  """As many as the plan has, but chunk 0 twice and chunk 1 never."""
+def test_chunks_of_another_plan_are_refused_before_anything_is_drawn(judge, planned, tmp_path):
   whole = draw(judge, planned, tmp_path / 'whole.jsonl')
   writer = records.ChunkedWriter(tmp_path / 'cut.jsonl')
   writer.write(1, [records.to_row(t) for t in whole[:4]])
-  with pytest.raises(ValueError, match='12 trajectories that are not the 12 of the plan.*remove it'):
+  calls = len(judge.generate.calls)
+  with pytest.raises(ValueError, match='cut.jsonl.chunks: .* is not what this plan draws there.*remove that folder'):
     draw(judge, planned, tmp_path / 'cut.jsonl')
+  assert len(judge.generate.calls) == calls and writer.done == {1}
 
 
-def test_a_shorter_file_is_refused(judge, planned, tmp_path):
+@pytest.mark.parametrize('lines', [slice(1, None), [0, *range(11)]])
+def test_a_file_of_other_samples_is_refused(judge, planned, tmp_path, lines):
+  """One too few, and one twice in place of another."""
   draw(judge, planned, tmp_path / 'whole.jsonl')
-  lines = (tmp_path / 'whole.jsonl').read_text().splitlines(keepends=True)
-  assert json.loads(lines[0])['uid'] == 'a'
-  (tmp_path / 'cut.jsonl').write_text(''.join(lines[1:]))
-  with pytest.raises(ValueError, match='11 trajectories that are not the 12 of the plan'):
+  whole = (tmp_path / 'whole.jsonl').read_text().splitlines(keepends=True)
+  kept = whole[lines] if isinstance(lines, slice) else [whole[i] for i in lines]
+  (tmp_path / 'cut.jsonl').write_text(''.join(kept))
+  with pytest.raises(ValueError, match=f'{len(kept)} trajectories that are not the 12 of the plan.*remove it'):
     draw(judge, planned, tmp_path / 'cut.jsonl')

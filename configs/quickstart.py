@@ -92,7 +92,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.judge.template = 'package:spct_jax.data/files/practice/template'
   config.judge.given_principles = False  # put an item's own principles into the prompt (Eq 8)
   config.judge.reference_answer = False  # put an item's reference answer into the prompt
-  config.judge.buckets = (32, 50)  # prompt lengths in tokens; the last is the limit
+  config.judge.buckets = (50,) if smoke else (32, 50)  # prompt lengths in tokens; the last is the limit; each is compiled
   config.judge.max_new_tokens = 78  # T
   config.judge.chunk_prompts = 16 if smoke else 128  # prompt slots (U) of one engine call
   config.judge.chunk_tasks = 32 if smoke else 512  # samples (Q) of one engine call
@@ -110,7 +110,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.sft.init = 'base'  # base: config.model; or the name of a stage that wrote a checkpoint
   config.sft.data = f'{_WORLD}demonstrations?seed={seed}&{phases}'
   config.sft.order = 'given'  # a curriculum: first the language, then judging
-  config.sft.buckets = (78, 94, 128)  # row lengths in tokens, prompt and answer
+  config.sft.buckets = (128,) if smoke else (78, 94, 128)  # row lengths in tokens, prompt and answer
 
   config.sample = ConfigDict()
   config.sample.model = 'sft'
@@ -123,7 +123,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.sample.top_k = 0  # 0 = off
   config.sample.min_p = 0.0
 
-  rows = (78, 128)  # row lengths in tokens, prompt and judgement
+  rows = (128,) if smoke else (78, 128)  # row lengths in tokens, prompt and judgement
   config.rft = pages.training(steps=4 if smoke else 90, batch=8 if smoke else 64, parts=parts(64), lr=4e-3, every=2 if smoke else 90)
   config.rft.schedule = 'cosine'
   config.rft.warmup_steps = 2 if smoke else 10
@@ -200,7 +200,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.evaluate.instructions = f'{_WORLD}general?split=heldout&rows={16 if smoke else 400}'
   config.evaluate.show = 1  # items to print with each stage's judgement, beginning with what training changed
 
-  config.cpu_devices = 2 if lone else 0  # a CPU is so many devices of one thread each; 0 = one device of all threads
+  config.cpu_devices = 2 if lone and not smoke else 0  # a CPU is so many devices of one thread each; 0 = one device of all threads
   config.mesh = pages.mesh(data=-1, fsdp=1, tensor=1)  # devices per axis; one may be -1: the rest
   config.sharding = pages.sharding()  # rules for the parameters, the sampler's view of them and its caches
   config.logging = pages.logging(keep=2, tensorboard=True)  # checkpoints kept per stage; curves for TensorBoard

@@ -56,17 +56,19 @@ def learnt(request, tmp_path_factory):
   accuracy = {row['stage']: row['accuracy'] for row in rows if row['k'] == 1 and row['subset'] == 'all'}
   steps = [json.loads(line) for line in (path / 'metrics.jsonl').read_text().splitlines()]
   reward, kl = (np.asarray([step[name] for step in steps if step['stage'] == 'grpo']) for name in ('reward', 'kl'))
-  print(accuracy, reward[:10].mean(), reward[-25:].mean(), kl[-25:].mean(), kl.max())
   return accuracy, reward, kl
 
 
+# Seeds 0 and 1: +3.7 and +4.6 points; +2.6 with the order of the responses not undone.
 def test_rejective_fine_tuning_raises_accuracy(learnt):
   accuracy, _, _ = learnt
   assert accuracy['rft'] - accuracy['base'] > 0.02
 
 
+# Seeds 0 and 1: the reward rises by .26 and .34, the KL ends at .036 and .054. Mutations seen to fail: the advantage's
+# sign (the reward falls by .73), the order of the responses not undone (-.01), the KL left out of the loss (KL .134).
 def test_grpo_raises_the_reward_and_stays_near_its_reference(learnt):
   _, reward, kl = learnt
   assert len(reward) == 50
   assert reward[-25:].mean() - reward[:10].mean() > 0.1
-  assert kl[-25:].mean() < 0.17
+  assert kl[-25:].mean() < 0.09

@@ -200,7 +200,7 @@ def run(tmp_path, *, mesh, devices, processes):
   return largest, [json.loads(out.splitlines()[-1]) for out, _ in outputs]
 
 
-# Mutations seen to fail: the leaf stacked from its layers (np.stack); the file mapped.
+# Mutation seen to fail: the filled memory copied for the devices.
 @pytest.mark.skipif(not os.path.exists('/proc/self/clear_refs'), reason='peak memory is read from Linux')
 def test_the_host_holds_the_parameters_and_one_tensor(tmp_path):
   largest, (got,) = run(tmp_path, mesh={'data': 2, 'fsdp': 2, 'tensor': 2}, devices=8, processes=1)

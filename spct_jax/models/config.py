@@ -50,6 +50,8 @@ class ModelConfig:
   query_scalar: scores are divided by its square root; None is head_dim.
   attn_softcap, logit_softcap: cap * tanh(x / cap) of the scores before the mask, and of the logits.
   embed_scaled: embeddings are multiplied by sqrt(width), rounded to `dtype`.
+  family: the Hugging Face `model_type` it came from, which its config.json shall have again where that can describe
+    it; None is any. It changes no number, so models that differ in it only are equal.
   """
 
   vocab_size: int
@@ -80,6 +82,7 @@ class ModelConfig:
   dtype: str = 'float32'
   param_dtype: str = 'float32'
   remat: bool = False
+  family: str | None = dataclasses.field(default=None, compare=False)
 
   def __post_init__(self):
     for name in ('head', 'period', 'remainder'):

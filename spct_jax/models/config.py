@@ -32,6 +32,62 @@ class RopeScaling:
 
 
 @dataclasses.dataclass(frozen=True)
+class Experts:
+  """A mixture of experts in place of the feed-forward network; see `moe`.
+
+  `count` experts of width `ffn`, of which a token goes through `top_k`, and one that all tokens go through of
+  width `shared_ffn` (0: none). `renormalise` makes the chosen weights sum to one; `scale` then multiplies
+  them. The experts stand in `groups` equal groups, of which only the best `top_groups` are chosen from.
+  """
+
+  count: int
+  top_k: int
+  ffn: int
+  shared_ffn: int = 0
+  renormalise: bool = False
+  scale: int | float = 1.0
+  groups: int = 1
+  top_groups: int = 1
+
+  def __post_init__(self):
+    if not (1 <= self.top_k <= self.count and self.ffn >= 1 and self.shared_ffn >= 0):
+      raise ValueError(
+          f'experts: got {self}; needs 1 <= top_k <= count, a positive ffn and a shared_ffn that is not negative'
+      )
+    if self.groups < 1 or self.count % self.groups or not 1 <= self.top_groups <= self.groups:
+      raise ValueError(
+          f'experts: got {self.groups} groups, {self.top_groups} of them chosen, of {self.count} experts; the groups '
+          'must divide the experts evenly, and at least one and at most all of them be chosen'
+      )
+    if self.top_k > self.top_groups * (self.count // self.groups):
+      raise ValueError(
+          f'experts: got top_k={self.top_k} of {self.top_groups} groups with {self.count // self.groups} experts each; '
+          'lower top_k or choose more groups'
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class Latent:
+  """Multi-head latent attention; see `mla`.
+
+  Keys and values are made from a latent of `rank` numbers per token. Of a head's query and key, `nope` numbers
+  are not rotated and `rope` are; the rotated part of the key is one for all heads. A head's value has `value`
+  numbers. `q_rank`: queries are made from a latent of their own, of this size; None: from the residual stream.
+  """
+
+  rank: int
+  nope: int
+  rope: int
+  value: int
+  q_rank: int | None = None
+
+  def __post_init__(self):
+    sizes = (self.rank, self.nope, self.rope, self.value, 1 if self.q_rank is None else self.q_rank)
+    if min(sizes) < 1 or self.rope % 2:
+      raise ValueError(f'latent: got {self}; needs positive sizes, and an even `rope`, for it turns pairs')
+
+
+@dataclasses.dataclass(frozen=True)
 class BlockConfig:
   """What may differ between two blocks of one model.
 

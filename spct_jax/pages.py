@@ -59,6 +59,9 @@ def _rules() -> tuple:
       (r'/(q|k|v)/kernel$', ('fsdp', 'tensor', None)),  # [D, H, hd]
       (r'/(q|k|v)/bias$', ('tensor', None)),  # [H, hd]
       (r'/o/kernel$', ('tensor', None, 'fsdp')),  # [H, hd, D]
+      (r'/experts/(gate|up)/kernel$', (None, 'fsdp', 'tensor')),  # [E, D, F], the experts whole
+      (r'/experts/down/kernel$', (None, 'tensor', 'fsdp')),  # [E, F, D]
+      (r'/router/kernel$', ('fsdp', None)),  # [D, E]
       (r'/(gate|up)/kernel$', ('fsdp', 'tensor')),  # [D, F]
       (r'/down/kernel$', ('tensor', 'fsdp')),  # [F, D]
       (r'reward/kernel$', ('fsdp', None)),  # [D, 1]

@@ -154,8 +154,16 @@ def _ragged_backward(x, gate, up, down, chosen, cotangent):
   return jax.vjp(lambda *leaves: _ragged(*leaves, chosen), x, gate, up, down)[1](cotangent)
 
 
-def _layout(chosen, E):
-  """(size of a block, expert of each block, number of blocks in use, row of each (token, choice)).
+def _block_size(rows, E):
+  """A power of two: large products, but few padding rows where experts are many and tokens few."""
+  size = 8
+  while size < LARGEST_BLOCK and size * E < rows:
+    size *= 2
+  return size
+
+
+def _layout(chosen, E, size):
+  """(expert of each block, number of blocks in use, row of each (token, choice)) in blocks of `size` rows.
 
   Two experts, blocks of two, five tokens that chose 1 0 1 1 0:
 
@@ -163,19 +171,16 @@ def _layout(chosen, E):
       expert   0    1    1
       rows     1 4  0 2  3 .             so the tokens' rows are 2 0 3 4 1
   """
-  N, K = chosen.shape
-  size = 8
-  while size < LARGEST_BLOCK and size * E < N * K:  # about one block per expert
-    size *= 2
   flat = chosen.reshape(-1)
   counts = jnp.bincount(flat, length=E)
-  ends = jnp.cumsum(-(-counts // size))  # of each expert's blocks
-  expert = jnp.searchsorted(ends, jnp.arange(N * K // size + E), side='right')
+  blocks = -(-counts // size)
+  ends = jnp.cumsum(blocks)
+  expert = jnp.searchsorted(ends, jnp.arange(flat.size // size + E), side='right')
   order = jnp.argsort(flat)
-  rank = jnp.zeros_like(order).at[order].set(jnp.arange(N * K), unique_indices=True)
-  first_row = (ends - -(-counts // size)) * size
-  row = first_row[flat] + rank - (jnp.cumsum(counts) - counts)[flat]
-  return size, expert, ends[-1], row
+  rank = jnp.zeros_like(order).at[order].set(jnp.arange(flat.size), unique_indices=True)
+  # From the place among all that are sorted to the place in the expert's own blocks.
+  shift = (ends - blocks) * size - (jnp.cumsum(counts) - counts)
+  return expert, ends[-1], rank + shift[flat]
 
 
 def _rows(values, row, length):
@@ -185,7 +190,8 @@ def _rows(values, row, length):
 
 def _blocked(x, gate, up, down, chosen):
   N, K = chosen.shape
-  size, expert, used, row = _layout(chosen, gate.shape[0])
+  size = _block_size(N * K, gate.shape[0])
+  expert, used, row = _layout(chosen, gate.shape[0], size)
   rows = _rows(jnp.repeat(x, K, axis=0), row, len(expert) * size)
 
   def block(i, out):
@@ -199,7 +205,8 @@ def _blocked(x, gate, up, down, chosen):
 
 def _blocked_backward(x, gate, up, down, chosen, cotangent):
   N, K = chosen.shape
-  size, expert, used, row = _layout(chosen, gate.shape[0])
+  size = _block_size(N * K, gate.shape[0])
+  expert, used, row = _layout(chosen, gate.shape[0], size)
   rows = _rows(jnp.repeat(x, K, axis=0), row, len(expert) * size)
   pulled = _rows(cotangent.reshape(N * K, -1), row, len(expert) * size)
 

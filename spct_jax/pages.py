@@ -63,8 +63,10 @@ def _rules() -> tuple:
       (r'/experts/down/kernel$', (None, 'tensor', 'fsdp')),  # [E, F, D]
       (r'/router/kernel$', ('fsdp', None)),  # [D, E]
       (r'/(gate|up)/kernel$', ('fsdp', 'tensor')),  # [D, F]
+      (r'/(gate|up)/bias$', ('tensor',)),  # [F]
       (r'/down/kernel$', ('tensor', 'fsdp')),  # [F, D]
       (r'reward/kernel$', ('fsdp', None)),  # [D, 1]
+      (r'/(o|down)/bias$', (None,)),  # [D]
       (r'(scale|reward/bias)$', (None,)),  # norms
   )
 

@@ -11,7 +11,7 @@ stages use, takes no defaults: every field must be on the config page.
 import dataclasses
 import math
 
-from spct_jax.models.rope import SCALINGS, RopeScaling
+from spct_jax.models.rope import SCALINGS, RopeScaling, yarn_mscale
 
 DTYPES = ('float32', 'bfloat16', 'float16')
 HEAD_KINDS = ('lm', 'scalar')
@@ -79,11 +79,13 @@ class BlockConfig:
   """What may differ between two blocks of one model.
 
   `window`: a query sees the `window` latest positions, itself included; None is global attention.
+  `experts`: in place of the feed-forward network; None is that network.
   """
 
   window: int | None = None
   rope_theta: int | float = 10000.0
   rope_scaling: RopeScaling | None = None
+  experts: Experts | None = None
 
   def __post_init__(self):
     if self.window is not None and self.window < 1:
@@ -106,6 +108,8 @@ class ModelConfig:
   query_scalar: scores are divided by its square root; None is head_dim.
   attn_softcap, logit_softcap: cap * tanh(x / cap) of the scores before the mask, and of the logits.
   embed_scaled: embeddings are multiplied by sqrt(width), rounded to `dtype`.
+  latent: keys and values come from a latent, and `head_dim` is the query's; None: they are projected. `qkv_bias` is
+    then the bias of what makes the latents.
   """
 
   vocab_size: int
@@ -132,6 +136,7 @@ class ModelConfig:
   attn_softcap: int | float | None = None
   logit_softcap: int | float | None = None
   embed_scaled: bool = False
+  latent: Latent | None = None
   head_kind: str = 'lm'
   dtype: str = 'float32'
   param_dtype: str = 'float32'
@@ -150,7 +155,9 @@ class ModelConfig:
           f'heads: got {self.heads} query heads for kv_heads={self.kv_heads}; every key/value head serves '
           'the same number of query heads, so kv_heads must divide heads'
       )
-    if self.head_dim % 2:
+    if self.latent is not None:
+      self._check_latent()
+    elif self.head_dim % 2:
       raise ValueError(f'head_dim: got {self.head_dim}; rotary embedding turns pairs, so it must be even')
     if self.num_periods < 0 or bool(self.period) != (self.num_periods > 0):
       raise ValueError(
@@ -184,8 +191,23 @@ class ModelConfig:
     return self.head + self.period * self.num_periods + self.remainder
 
   def score_scale(self, block: BlockConfig) -> float:
-    """What `q k^T` of a block is multiplied by."""
-    return (self.head_dim if self.query_scalar is None else self.query_scalar) ** -0.5
+    """What `q k^T` of a block is multiplied by.
+
+    With a latent and YaRN by the square of its magnitude for `mscale_all_dim` too (DeepSeek-V2): the unrotated part
+    of queries and keys is to grow like the rotated part.
+    """
+    scale = (self.head_dim if self.query_scalar is None else self.query_scalar) ** -0.5
+    scaling = block.rope_scaling
+    if self.latent is not None and scaling is not None and scaling.kind == 'yarn' and scaling.mscale_all_dim:
+      scale *= yarn_mscale(scaling.factor, scaling.mscale_all_dim) ** 2
+    return scale
+
+  def _check_latent(self):
+    if (self.kv_heads, self.head_dim, self.qk_norm) != (self.heads, self.latent.nope + self.latent.rope, False):
+      raise ValueError(
+          f'latent: got {self.latent} with {self.kv_heads} key heads of {self.heads}, head_dim={self.head_dim} and '
+          f'qk_norm={self.qk_norm}; every head has its own key, head_dim is nope + rope, and there is no qk_norm'
+      )
 
   def to_dict(self) -> dict:
     """JSON-able; `from_dict` undoes it."""
@@ -198,6 +220,8 @@ class ModelConfig:
     fields = _checked('model config', dict(fields), cls)
     for name in ('head', 'period', 'remainder'):
       fields[name] = tuple(_block(name, block) for block in fields[name])
+    if fields['latent'] is not None:
+      fields['latent'] = Latent(**_checked('latent', dict(fields['latent']), Latent))
     return cls(**fields)
 
 
@@ -208,6 +232,8 @@ def _block(where: str, fields: dict) -> BlockConfig:
     _one_of('rope_scaling kind', scaling.get('kind'), tuple(SCALINGS))
     cls = SCALINGS[scaling['kind']]
     fields['rope_scaling'] = cls(**_checked('rope_scaling', scaling, cls))
+  if fields['experts'] is not None:
+    fields['experts'] = Experts(**_checked('experts', dict(fields['experts']), Experts))
   return BlockConfig(**fields)
 
 

@@ -9,9 +9,9 @@ q comes from x, or from a normed latent of its own. Two forms, equal up to round
 *Expanded*, for a pass without a cache: k and v of every head, as above.
 
 *Absorbed*, for a cache: since  q_h . K_h c = (K_h^T q_h) . c,  every head looks for [K_h^T q_h ; its rotated part]
-among the [c ; r], which are one key for all heads, and the first part of that key is the value; V_h is applied to
-what comes out. The cache holds [c ; r] only, 576 numbers a token and layer in DeepSeek-V2-Lite where k and v of 16
-heads are 5120. It costs 2 rank + rope multiplications a head, query and key instead of nope + rope + value.
+among the [c ; r], which are one key for all heads and, in their first part, one value; V_h is applied to what comes
+out. `attend` gets [c ; r] both as key and as value, so the cache holds it once, 576 numbers a token and layer in DeepSeek-V2-Lite, where k and v of 16
+heads would be 5120. It costs 2 (rank + rope) multiplications a head, query and key instead of nope + rope + value.
 
 Norms inside have eps = 1e-6 whatever the model's is, as in the published code.
 """
@@ -22,8 +22,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from spct_jax.models.blocks import RMSNorm, rope
 from spct_jax.models.config import BlockConfig, ModelConfig
+from spct_jax.models.primitives import RMSNorm, dense, rope
 
 EPS = 1e-6
 
@@ -42,24 +42,18 @@ class LatentAttention(nn.Module):
     c, latent = self.model, self.model.latent
     query = (c.heads, latent.nope + latent.rope)
     if latent.q_rank is None:
-      self.q = self._dense(query)
+      self.q = dense(c, query)
     else:
-      self.q_down = self._dense(latent.q_rank, bias=c.qkv_bias)
+      self.q_down = dense(c, latent.q_rank, bias=c.qkv_bias)
       self.q_down_norm = RMSNorm(c, eps=EPS)
-      self.q_up = self._dense(query)
-    self.kv_down = self._dense(latent.rank + latent.rope, bias=c.qkv_bias)
+      self.q_up = dense(c, query)
+    self.kv_down = dense(c, latent.rank + latent.rope, bias=c.qkv_bias)
     self.kv_down_norm = RMSNorm(c, eps=EPS)
     self.kv_up = _Kernel((latent.rank, c.heads, latent.nope + latent.value), c.param_dtype)
-    self.o = self._dense(c.width, axis=(-2, -1), bias=c.o_bias)
-
-  def _dense(self, features, axis=-1, bias=False):
-    return nn.DenseGeneral(
-        features, axis=axis, use_bias=bias, dtype=jnp.dtype(self.model.dtype),
-        param_dtype=jnp.dtype(self.model.param_dtype),
-    )
+    self.o = dense(c, c.width, axis=(-2, -1), bias=c.o_bias)
 
   def __call__(
-      self, y: Float[Array, 'B T D'], positions: Int[Array, 'B T'], attend: Callable, expanded: bool
+      self, y: Float[Array, 'B T D'], positions: Int[Array, 'B T'], attend: Callable, cached: bool
   ):
     """`attend(q, k, v) -> (out, cache)`; returns `(what is added to the residual stream, cache)`."""
     latent = self.model.latent
@@ -69,16 +63,16 @@ class LatentAttention(nn.Module):
     c = self.kv_down_norm(c)
     q_turned, turned = rope(q_turned, positions, self.block), rope(turned[:, :, None, :], positions, self.block)
     to_key, to_value = jnp.split(self.kv_up().astype(c.dtype), [latent.nope], axis=-1)
-    if expanded:
+    if not cached:
       k = jnp.einsum('BTR,RHN->BTHN', c, to_key)
       k = jnp.concatenate([k, jnp.broadcast_to(turned, q_turned.shape)], axis=-1)
       v = jnp.einsum('BTR,RHV->BTHV', c, to_value)
       out, cache = attend(jnp.concatenate([q, q_turned], axis=-1), k, v)
     else:
       q = jnp.concatenate([jnp.einsum('BTHN,RHN->BTHR', q, to_key), q_turned], axis=-1)
-      c = c[:, :, None, :]
-      out, cache = attend(q, jnp.concatenate([c, turned], axis=-1), c)
-      out = jnp.einsum('BTHR,RHV->BTHV', out, to_value)
+      kept = jnp.concatenate([c[:, :, None, :], turned], axis=-1)
+      out, cache = attend(q, kept, kept)
+      out = jnp.einsum('BTHR,RHV->BTHV', out[..., : latent.rank], to_value)
     return self.o(out), cache
 
 

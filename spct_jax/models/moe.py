@@ -1,7 +1,7 @@
 """A mixture of experts in place of the feed-forward network: each token goes through its K best of E.
 
     p = softmax(router x)                                       over all experts, float32
-    y = sum over the K chosen e of  w_e * down_e(silu(gate_e x) * up_e x)   +   shared(x)
+    y = sum over the K chosen e of  w_e * down_e(act(gate_e x) * up_e x)   +   shared(x)
 
 `w` are the K largest p, as they are or divided by their sum, times `scale`. With groups (DeepSeek-V2,
 arXiv 2405.04434 section 2.2.2) the experts of all but the `top_groups` groups with the largest p are out
@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from spct_jax.models.config import Experts, ModelConfig
+from spct_jax.models.primitives import ACTIVATIONS, dense
 
 LARGEST_BLOCK = 128  # rows of one product
 
@@ -70,10 +71,11 @@ class MoE(nn.Module):
     # float32: two experts whose logits agree to three digits are common, and bfloat16 holds no more.
     logits = jnp.dot(tokens.astype(jnp.float32), router.astype(jnp.float32), precision='highest')
     weights, chosen = choose(logits, experts)
-    kernels = _Kernels(model, experts.count, experts.ffn, name='experts')(D)
-    out = routed(tokens, *kernels, weights, chosen)
+    kernels = _Experts(model, experts, name='experts')()
+    each = expert_outputs(model.activation, tokens, *kernels, chosen)
+    out = jnp.einsum('NKD,NK->ND', each.astype(jnp.float32), weights).astype(x.dtype)
     if experts.shared_ffn:
-      out = out + _mlp(tokens, *_Kernels(model, None, experts.shared_ffn, name='shared')(D))
+      out = out + _Shared(model, experts.shared_ffn, name='shared')(tokens)
     return out.reshape(B, T, D)
 
 
@@ -88,70 +90,78 @@ class _Kernel(nn.Module):
     return self.param('kernel', init, self.shape, jnp.dtype(self.param_dtype))
 
 
-class _Kernels(nn.Module):
-  """(gate, up, down) in the compute dtype, of one network or of `count` stacked ones."""
+class _Experts(nn.Module):
+  """The stacked kernels (gate, up, down), in the compute dtype."""
 
   model: ModelConfig
-  count: int | None
-  ffn: int
+  experts: Experts
 
   @nn.compact
-  def __call__(self, width):
-    stack = () if self.count is None else (self.count,)
-    shapes = {'gate': (width, self.ffn), 'up': (width, self.ffn), 'down': (self.ffn, width)}
-    return tuple(
-        _Kernel(stack + shape, self.model.param_dtype, name=name)().astype(self.model.dtype)
-        for name, shape in shapes.items()
-    )
+  def __call__(self):
+    E, D, F = self.experts.count, self.model.width, self.experts.ffn
+    shapes = {'gate': (E, D, F), 'up': (E, D, F), 'down': (E, F, D)}
+    kernels = (_Kernel(shape, self.model.param_dtype, name=name)() for name, shape in shapes.items())
+    return tuple(kernel.astype(self.model.dtype) for kernel in kernels)
 
 
-def routed(
+class _Shared(nn.Module):
+  """The network that all tokens go through."""
+
+  model: ModelConfig
+  ffn: int
+
+  def setup(self):
+    c = self.model
+    self.gate = dense(c, self.ffn, bias=c.mlp_bias)
+    self.up = dense(c, self.ffn, bias=c.mlp_bias)
+    self.down = dense(c, c.width, bias=c.mlp_bias)
+
+  def __call__(self, x):
+    return self.down(ACTIVATIONS[self.model.activation](self.gate(x)) * self.up(x))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def expert_outputs(
+    activation: str,
     x: Float[Array, 'N D'],
     gate: Float[Array, 'E D F'],
     up: Float[Array, 'E D F'],
     down: Float[Array, 'E F D'],
-    weights: Float[Array, 'N K'],
     chosen: Int[Array, 'N K'],
-) -> Float[Array, 'N D']:
-  """Every token through its experts, summed with its weights in float32."""
-  each = _sorted_by_expert(x, gate, up, down, chosen)
-  return jnp.einsum('NKD,NK->ND', each.astype(jnp.float32), weights).astype(x.dtype)
+) -> Float[Array, 'N K D']:
+  """Each token through each of its experts, unweighted."""
+  blocked, ragged = functools.partial(_blocked, activation), functools.partial(_ragged, activation)
+  return jax.lax.platform_dependent(x, gate, up, down, chosen, tpu=ragged, default=blocked)
 
 
-def _mlp(x, gate, up, down):
-  return jnp.dot(jax.nn.silu(jnp.dot(x, gate)) * jnp.dot(x, up), down)
+def _forward(activation, *args):
+  return expert_outputs(activation, *args), args
 
 
-@jax.custom_vjp
-def _sorted_by_expert(x, gate, up, down, chosen):
-  """[N, K, D]: each token through each of its experts, unweighted."""
-  return jax.lax.platform_dependent(x, gate, up, down, chosen, tpu=_ragged, default=_blocked)
-
-
-def _forward(*args):
-  return _sorted_by_expert(*args), args
-
-
-def _backward(args, cotangent):
+def _backward(activation, args, cotangent):
   # One choice of platform each way: differentiating through it would keep what every branch needs.
-  pulled = jax.lax.platform_dependent(*args, cotangent, tpu=_ragged_backward, default=_blocked_backward)
-  return (*pulled, None)
+  blocked, ragged = (functools.partial(f, activation) for f in (_blocked_backward, _ragged_backward))
+  return (*jax.lax.platform_dependent(*args, cotangent, tpu=ragged, default=blocked), None)
 
 
-_sorted_by_expert.defvjp(_forward, _backward)
+expert_outputs.defvjp(_forward, _backward)
 
 
-def _ragged(x, gate, up, down, chosen):
+def _mlp(activation, x, gate, up, down):
+  return jnp.dot(ACTIVATIONS[activation](jnp.dot(x, gate)) * jnp.dot(x, up), down)
+
+
+def _ragged(activation, x, gate, up, down, chosen):
   N, K = chosen.shape
   order = jnp.argsort(chosen.reshape(-1))
   rows, sizes = x[order // K], jnp.bincount(chosen.reshape(-1), length=gate.shape[0])
   dot = functools.partial(jax.lax.ragged_dot, group_sizes=sizes.astype(jnp.int32))
-  out = dot(jax.nn.silu(dot(rows, gate)) * dot(rows, up), down)
+  out = dot(ACTIVATIONS[activation](dot(rows, gate)) * dot(rows, up), down)
   return jnp.zeros_like(out).at[order].set(out, unique_indices=True).reshape(N, K, -1)
 
 
-def _ragged_backward(x, gate, up, down, chosen, cotangent):
-  return jax.vjp(lambda *leaves: _ragged(*leaves, chosen), x, gate, up, down)[1](cotangent)
+def _ragged_backward(activation, x, gate, up, down, chosen, cotangent):
+  return jax.vjp(lambda *leaves: _ragged(activation, *leaves, chosen), x, gate, up, down)[1](cotangent)
 
 
 def _block_size(rows, E):
@@ -188,7 +198,7 @@ def _rows(values, row, length):
   return jnp.zeros((length, values.shape[-1]), values.dtype).at[row].set(values, unique_indices=True)
 
 
-def _blocked(x, gate, up, down, chosen):
+def _blocked(activation, x, gate, up, down, chosen):
   N, K = chosen.shape
   size = _block_size(N * K, gate.shape[0])
   expert, used, row = _layout(chosen, gate.shape[0], size)
@@ -196,14 +206,14 @@ def _blocked(x, gate, up, down, chosen):
 
   def block(i, out):
     e, at = expert[i], i * size
-    y = _mlp(jax.lax.dynamic_slice_in_dim(rows, at, size), gate[e], up[e], down[e])
+    y = _mlp(activation, jax.lax.dynamic_slice_in_dim(rows, at, size), gate[e], up[e], down[e])
     return jax.lax.dynamic_update_slice_in_dim(out, y, at, axis=0)
 
   out = jax.lax.fori_loop(0, used, block, jnp.zeros_like(rows))
   return out[row].reshape(N, K, -1)
 
 
-def _blocked_backward(x, gate, up, down, chosen, cotangent):
+def _blocked_backward(activation, x, gate, up, down, chosen, cotangent):
   N, K = chosen.shape
   size = _block_size(N * K, gate.shape[0])
   expert, used, row = _layout(chosen, gate.shape[0], size)
@@ -213,7 +223,8 @@ def _blocked_backward(x, gate, up, down, chosen, cotangent):
   def block(i, carry):
     out, sums = carry
     e, at = expert[i], i * size
-    _, pull = jax.vjp(_mlp, jax.lax.dynamic_slice_in_dim(rows, at, size), gate[e], up[e], down[e])
+    mlp = functools.partial(_mlp, activation)
+    _, pull = jax.vjp(mlp, jax.lax.dynamic_slice_in_dim(rows, at, size), gate[e], up[e], down[e])
     y, *kernels = pull(jax.lax.dynamic_slice_in_dim(pulled, at, size))
     out = jax.lax.dynamic_update_slice_in_dim(out, y, at, axis=0)
     return out, [total.at[e].add(kernel) for total, kernel in zip(sums, kernels)]

@@ -1,6 +1,7 @@
 """Mixture of experts: routing and sums against a plain float64 numpy reading, token by token."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -104,14 +105,14 @@ def test_gradients_of_every_form(loads):
 
   def every(x, gate, up, down):
     picked = jax.nn.one_hot(chosen, E)
-    each = jax.vmap(moe._mlp, (None, 0, 0, 0), 1)(x, gate, up, down)
+    each = jax.vmap(functools.partial(moe._mlp, 'silu'), (None, 0, 0, 0), 1)(x, gate, up, down)
     return jnp.einsum('NED,NKE->NKD', each, picked)
 
   want, pull = jax.vjp(jax.jit(every), *leaves)
   want = (want, *pull(cotangent))
   forms = {
-      'chosen by platform': lambda *a: moe._sorted_by_expert(*a, chosen),
-      'ragged': lambda *a: moe._ragged(*a, chosen),
+      'chosen by platform': lambda *a: moe.expert_outputs('silu', *a, chosen),
+      'ragged': lambda *a: moe._ragged('silu', *a, chosen),
   }
   for form, function in forms.items():
     got, pull = jax.vjp(jax.jit(function), *leaves)

@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from spct_jax.models.config import BlockConfig, ModelConfig, RopeScaling
+from spct_jax.models.dense import Dense
 
 
 def frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> np.ndarray:
@@ -82,7 +83,7 @@ class Block(nn.Module):
     self.down = self._dense(c.width)
 
   def _dense(self, features, axis=-1, bias=False):
-    return nn.DenseGeneral(
+    return Dense(
         features, axis=axis, use_bias=bias, dtype=jnp.dtype(self.model.dtype),
         param_dtype=jnp.dtype(self.model.param_dtype),
     )

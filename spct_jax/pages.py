@@ -65,6 +65,7 @@ def _rules() -> tuple:
       (r'/(q|k|v)/bias$', ('tensor', None)),  # [H, hd]
       (r'/o/kernel$', ('tensor', None, 'fsdp')),  # [H, hd, D]
       (r'/(gate|up)/kernel$', ('fsdp', 'tensor')),  # [D, F]
+      (r'/(gate|up)/bias$', ('tensor',)),  # [F]
       (r'/down/kernel$', ('tensor', 'fsdp')),  # [F, D]
       (r'/(q|k|v|gate|up)/lora_a$', ('fsdp', None)),  # [D, r]
       (r'/(q|k|v)/lora_b$', (None, 'tensor', None)),  # [r, H, hd]
@@ -73,6 +74,7 @@ def _rules() -> tuple:
       (r'/down/lora_a$', ('tensor', None)),  # [F, r]
       (r'/(o|down)/lora_b$', (None, 'fsdp')),  # [r, D]
       (r'reward/kernel$', ('fsdp', None)),  # [D, 1]
+      (r'/(o|down)/bias$', (None,)),  # [D]
       (r'(scale|reward/bias)$', (None,)),  # norms
   )
 

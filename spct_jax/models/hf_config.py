@@ -13,7 +13,8 @@ slightly wrong is the worst outcome.
 
 from typing import Any
 
-from spct_jax.models.config import BlockConfig, ModelConfig, RopeScaling
+from spct_jax.models.config import BlockConfig, ModelConfig
+from spct_jax.models.rope import Llama3Scaling
 
 CLASSES = {'llama': 'Llama', 'mistral': 'Mistral', 'qwen2': 'Qwen2', 'qwen3': 'Qwen3'}
 HEADS = {'ForCausalLM': 'lm', 'ForSequenceClassification': 'scalar'}
@@ -190,7 +191,7 @@ def _rope(where, fields):
   missing = [name for name in names if name not in found]
   if missing:
     raise ValueError(f'{where}: rotary scaling llama3 lacks {", ".join(missing)}')
-  return theta, RopeScaling(*(found[name] for name in names))
+  return theta, Llama3Scaling(*(found[name] for name in names))
 
 
 def _windows(where, family, fields):

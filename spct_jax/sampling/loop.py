@@ -121,7 +121,8 @@ def prefill(settings: Settings, params: dict, tokens: jax.Array, length: jax.Arr
 
   def attend(ref, q, k, v, cache):
     mask = attention.window_mask(causal, ref.config.window, positions, positions)
-    out = attention.dot_product(q, k, v, jnp.broadcast_to(mask, (G * U, P, P)))
+    scale, cap = model.config.score_scale(ref.config), model.config.attn_softcap
+    out = attention.dot_product(q, k, v, jnp.broadcast_to(mask, (G * U, P, P)), scale=scale, softcap=cap)
     return out, kv_cache.write(cache, ref, k, v, 0)
 
   cache = empty_cache(settings, 'prompt', G * U, P)
@@ -220,25 +221,27 @@ def _logits(settings, params, slots, slot, t, state):
     ring = kv_cache.write(ring, ref, k, v, state.clock % T)
     mask = own if ref.config.window is None else own & (distance < ref.config.window)
     prompt = [_rows_slots(leaf, slot, U) for leaf in kv_cache.read(slots.cache, ref)]
-    return _attend(q, prompt, kv_cache.read(ring, ref), mask), ring
+    scale, cap = model.config.score_scale(ref.config), model.config.attn_softcap
+    return _attend(q, prompt, kv_cache.read(ring, ref), mask, scale, cap), ring
 
   x = _by_rows(settings, model.embed(params, state.token.reshape(-1, 1)))
   x, ring = model.run_layers(params, x, positions[:, None], attend, state.ring)
   return model.unembed(params, x)[:, 0], _place_cache(settings, 'rows', ring)
 
 
-def _attend(q, prompt, ring, mask):
+def _attend(q, prompt, ring, mask, scale, softcap):
   """One query a row over two caches: scores side by side, one float32 softmax. `mask` is bool[R, P + T]."""
-  R, _, H, hd = q.shape
+  R, _, H, hk = q.shape
   M, P = prompt[0].shape[1:3]
-  q = q.reshape(R, M, H // M, hd)
+  q = q.reshape(R, M, H // M, hk)
   dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
   scores = jnp.concatenate([dot('RMGd,RMSd->RMGS', q, k.astype(q.dtype)) for k, _ in (prompt, ring)], axis=-1)
-  scores = jnp.where(mask[:, None, None, :], scores * hd**-0.5, jnp.finfo(jnp.float32).min)
+  scores = attention.capped(scores * scale, softcap)
+  scores = jnp.where(mask[:, None, None, :], scores, jnp.finfo(jnp.float32).min)
   weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)  # a row always sees the token it feeds
   parts = zip((weights[..., :P], weights[..., P:]), (prompt[1], ring[1]))
   out = sum(dot('RMGS,RMSd->RMGd', weight, v.astype(q.dtype)) for weight, v in parts)
-  return out.reshape(R, 1, H, hd).astype(q.dtype)
+  return out.reshape(R, 1, H, out.shape[-1]).astype(q.dtype)
 
 
 def _refill(slots: Slots, queue: Queue, state: State, free) -> State:

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spct_jax.models.config import BlockConfig, ModelConfig, RopeScaling
+from spct_jax.models.config import BlockConfig, ModelConfig
+from spct_jax.models.rope import Llama3Scaling
 from spct_jax.models.transformer import Transformer
 
 torch = pytest.importorskip('torch')
@@ -25,7 +26,7 @@ CASES = {
     'llama tied': ('Llama', dict(tie_word_embeddings=True), dict(tied=True), BlockConfig()),
     'llama3 rope': (
         'Llama', dict(rope_parameters=LLAMA3), dict(),
-        BlockConfig(rope_theta=500.0, rope_scaling=RopeScaling(4.0, 1.0, 3.0, 16)),
+        BlockConfig(rope_theta=500.0, rope_scaling=Llama3Scaling(4.0, 1.0, 3.0, 16)),
     ),
     'mistral window': ('Mistral', dict(sliding_window=4), dict(), BlockConfig(window=4)),
     'qwen2': ('Qwen2', dict(head_dim=D // H), dict(head_dim=D // H, qkv_bias=True), BlockConfig()),

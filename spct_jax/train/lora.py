@@ -116,7 +116,7 @@ class Adapted:
       inputs, outputs = shape[:axes], shape[axes:]
       bound = math.prod(inputs) ** -0.5
       drawn = jax.random.uniform(jax.random.fold_in(key, number), (*stack, *inputs, rank), minval=-bound, maxval=bound)
-      _put(tree, path, {'lora_a': drawn, 'lora_b': jnp.zeros((*stack, rank, *outputs))})
+      put(tree, path, {'lora_a': drawn, 'lora_b': jnp.zeros((*stack, rank, *outputs))})
     if c.head_kind == 'scalar':
       tree['reward'] = {'kernel': jnp.zeros((c.width, 1))}
     return tree
@@ -148,19 +148,20 @@ class Adapted:
     return self.model.apply({'params': self.join(variables['params'])}, tokens, lengths=lengths)
 
 
+def put(tree: dict, path: str, pair: dict) -> None:
+  """Places the adapters of the kernel at `path`."""
+  *above, _ = path.split('/')
+  for name in above:
+    tree = tree.setdefault(name, {})
+  tree.update(pair)
+
+
 def merge(base: dict, adapters: dict, settings: Settings) -> dict:
   """W + s A B in the dtype of the base, from float32; a scalar head takes the place of the base's.
 
   Stacked kernels are merged a layer at a time, so that no float32 copy of all of them exists.
   """
   return _merge(base, adapters, settings.scale, stacked=False)
-
-
-def _put(tree, path, pair):
-  *above, _ = path.split('/')
-  for name in above:
-    tree = tree.setdefault(name, {})
-  tree.update(pair)
 
 
 def _join(base, adapters, scale):

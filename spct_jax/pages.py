@@ -22,6 +22,11 @@ def training(*, steps: int, batch: int, parts: int, lr: float, every: int) -> Co
   stage.weight_decay = 0.0  # not on norms and biases
   stage.clip_norm = 1.0  # of the global gradient; 0 = off
   stage.checkpoint_every = every  # steps
+  stage.lora = ConfigDict()  # low-rank adapters on a frozen model, in the place of its parameters (train/lora.py)
+  stage.lora.rank = 0  # 0 = off: every parameter is trained
+  stage.lora.alpha = 16.0  # the adapters are scaled by alpha / rank
+  stage.lora.rslora = False  # by alpha / sqrt(rank) instead
+  stage.lora.targets = ('q', 'k', 'v', 'o', 'gate', 'up', 'down')  # projections; an unknown one lists the model's own
   return stage
 
 
@@ -68,6 +73,12 @@ def _rules() -> tuple:
       (r'/(gate|up)/kernel$', ('fsdp', 'tensor')),  # [D, F]
       (r'/(gate|up)/bias$', ('tensor',)),  # [F]
       (r'/down/kernel$', ('tensor', 'fsdp')),  # [F, D]
+      (r'/(q|k|v|gate|up)/lora_a$', ('fsdp', None)),  # [D, r]
+      (r'/(q|k|v)/lora_b$', (None, 'tensor', None)),  # [r, H, hd]
+      (r'/(gate|up)/lora_b$', (None, 'tensor')),  # [r, F]
+      (r'/o/lora_a$', ('tensor', None, None)),  # [H, hd, r]
+      (r'/down/lora_a$', ('tensor', None)),  # [F, r]
+      (r'/(o|down)/lora_b$', (None, 'fsdp')),  # [r, D]
       (r'reward/kernel$', ('fsdp', None)),  # [D, 1]
       (r'/(o|down)/bias$', (None,)),  # [D]
       (r'(scale|reward/bias)$', (None,)),  # norms

@@ -35,10 +35,10 @@ class Block(nn.Module):
     if c.latent is not None:
       self.mla = LatentAttention(c, self.block)
     else:
-      self.q = dense(c, (c.heads, c.head_dim), bias=c.qkv_bias)
-      self.k = dense(c, (c.kv_heads, c.head_dim), bias=c.qkv_bias)
-      self.v = dense(c, (c.kv_heads, c.head_dim), bias=c.qkv_bias)
-      self.o = dense(c, c.width, axis=(-2, -1), bias=c.o_bias)
+      self.q = dense(c, (c.width,), (c.heads, c.head_dim), c.qkv_bias)
+      self.k = dense(c, (c.width,), (c.kv_heads, c.head_dim), c.qkv_bias)
+      self.v = dense(c, (c.width,), (c.kv_heads, c.head_dim), c.qkv_bias)
+      self.o = dense(c, (c.heads, c.head_dim), (c.width,), c.o_bias)
       if c.qk_norm:
         self.q_norm = RMSNorm(c)
         self.k_norm = RMSNorm(c)
@@ -46,9 +46,9 @@ class Block(nn.Module):
     if self.block.experts is not None:
       self.moe = MoE(c, self.block.experts)
     else:
-      self.gate = dense(c, c.ffn, bias=c.mlp_bias)
-      self.up = dense(c, c.ffn, bias=c.mlp_bias)
-      self.down = dense(c, c.width, bias=c.mlp_bias)
+      self.gate = dense(c, (c.width,), (c.ffn,), c.mlp_bias)
+      self.up = dense(c, (c.width,), (c.ffn,), c.mlp_bias)
+      self.down = dense(c, (c.ffn,), (c.width,), c.mlp_bias)
 
   def __call__(self, x, positions, attend: Callable, cached: bool):
     """`attend(q, k, v) -> (out, cache)`, which stores k and v if `cached`; returns `(x, cache)`."""

@@ -42,15 +42,15 @@ class LatentAttention(nn.Module):
     c, latent = self.model, self.model.latent
     query = (c.heads, latent.nope + latent.rope)
     if latent.q_rank is None:
-      self.q = dense(c, query)
+      self.q = dense(c, (c.width,), query)
     else:
-      self.q_down = dense(c, latent.q_rank, bias=c.qkv_bias)
+      self.q_down = dense(c, (c.width,), (latent.q_rank,), c.qkv_bias)
       self.q_down_norm = RMSNorm(c, eps=EPS)
-      self.q_up = dense(c, query)
-    self.kv_down = dense(c, latent.rank + latent.rope, bias=c.qkv_bias)
+      self.q_up = dense(c, (latent.q_rank,), query)
+    self.kv_down = dense(c, (c.width,), (latent.rank + latent.rope,), c.qkv_bias)
     self.kv_down_norm = RMSNorm(c, eps=EPS)
-    self.kv_up = _Kernel((latent.rank, c.heads, latent.nope + latent.value), c.param_dtype)
-    self.o = dense(c, c.width, axis=(-2, -1), bias=c.o_bias)
+    self.kv_up = _Matrix((latent.rank, c.heads, latent.nope + latent.value), c.dtype, c.param_dtype)
+    self.o = dense(c, (c.heads, latent.value), (c.width,), c.o_bias)
 
   def __call__(
       self, y: Float[Array, 'B T D'], positions: Int[Array, 'B T'], attend: Callable, cached: bool
@@ -62,7 +62,7 @@ class LatentAttention(nn.Module):
     c, turned = jnp.split(self.kv_down(y), [latent.rank], axis=-1)
     c = self.kv_down_norm(c)
     q_turned, turned = rope(q_turned, positions, self.block), rope(turned[:, :, None, :], positions, self.block)
-    to_key, to_value = jnp.split(self.kv_up().astype(c.dtype), [latent.nope], axis=-1)
+    to_key, to_value = jnp.split(self.kv_up(), [latent.nope], axis=-1)
     if not cached:
       k = jnp.einsum('BTR,RHN->BTHN', c, to_key)
       k = jnp.concatenate([k, jnp.broadcast_to(turned, q_turned.shape)], axis=-1)
@@ -76,13 +76,18 @@ class LatentAttention(nn.Module):
     return self.o(out), cache
 
 
-class _Kernel(nn.Module):
-  """A kernel that is not always multiplied with the same side."""
+class _Matrix(nn.Module):
+  """The parameters of a `Dense` as one matrix, for a product from either side; adapters are added to the kernel."""
 
   shape: tuple[int, ...]
+  dtype: str
   param_dtype: str
 
   @nn.compact
   def __call__(self):
     init = nn.initializers.lecun_normal(in_axis=0, out_axis=tuple(range(1, len(self.shape))))
-    return self.param('kernel', init, self.shape, jnp.dtype(self.param_dtype))
+    kernel = self.param('kernel', init, self.shape, jnp.dtype(self.param_dtype))
+    if self.has_variable('params', 'lora_a'):
+      a, b = (self.get_variable('params', name).astype(jnp.float32) for name in ('lora_a', 'lora_b'))
+      kernel = kernel.astype(jnp.float32) + jnp.tensordot(a, b, 1, precision='highest')
+    return kernel.astype(self.dtype)

@@ -112,9 +112,9 @@ class _Shared(nn.Module):
 
   def setup(self):
     c = self.model
-    self.gate = dense(c, self.ffn, bias=c.mlp_bias)
-    self.up = dense(c, self.ffn, bias=c.mlp_bias)
-    self.down = dense(c, c.width, bias=c.mlp_bias)
+    self.gate = dense(c, (c.width,), (self.ffn,), c.mlp_bias)
+    self.up = dense(c, (c.width,), (self.ffn,), c.mlp_bias)
+    self.down = dense(c, (self.ffn,), (c.width,), c.mlp_bias)
 
   def __call__(self, x):
     return self.down(ACTIVATIONS[self.model.activation](self.gate(x)) * self.up(x))

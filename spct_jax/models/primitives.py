@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from spct_jax.models.config import BlockConfig, ModelConfig
+from spct_jax.models.dense import Dense
 from spct_jax.models.rope import frequencies, magnitude
 
 ACTIVATIONS = {
@@ -52,8 +53,6 @@ class RMSNorm(nn.Module):
     return (x * scale).astype(self.model.dtype)
 
 
-def dense(config: ModelConfig, features: int | tuple[int, ...], *, axis=-1, bias: bool = False) -> nn.DenseGeneral:
-  """A projection in the model's dtypes; several axes in or out stay axes of the kernel."""
-  return nn.DenseGeneral(
-      features, axis=axis, use_bias=bias, dtype=jnp.dtype(config.dtype), param_dtype=jnp.dtype(config.param_dtype)
-  )
+def dense(config: ModelConfig, inputs: tuple[int, ...], outputs: tuple[int, ...], bias: bool = False) -> Dense:
+  """A projection in the model's dtypes."""
+  return Dense(inputs, outputs, config.dtype, config.param_dtype, bias)

@@ -25,6 +25,8 @@ class Experts:
   `count` experts of width `ffn`, of which a token goes through `top_k`, and one that all tokens go through of
   width `shared_ffn` (0: none). `renormalise` makes the chosen weights sum to one; `scale` then multiplies
   them. The experts stand in `groups` equal groups, of which only the best `top_groups` are chosen from.
+  `router_dtype` is what the router is stored in, None the model's; it computes in float32, so settings that differ
+  in this only are equal.
   """
 
   count: int
@@ -35,6 +37,7 @@ class Experts:
   scale: int | float = 1.0
   groups: int = 1
   top_groups: int = 1
+  router_dtype: str | None = dataclasses.field(default=None, compare=False)
 
   def __post_init__(self):
     if not (1 <= self.top_k <= self.count and self.ffn >= 1 and self.shared_ffn >= 0):

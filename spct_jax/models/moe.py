@@ -67,7 +67,7 @@ class MoE(nn.Module):
   def __call__(self, x: Float[Array, 'B T D']) -> Float[Array, 'B T D']:
     model, experts, (B, T, D) = self.model, self.experts, x.shape
     tokens = x.reshape(B * T, D)
-    router = _Kernel((D, experts.count), model.param_dtype, name='router')()
+    router = _Kernel((D, experts.count), experts.router_dtype or model.param_dtype, name='router')()
     # float32: two experts whose logits agree to three digits are common, and bfloat16 holds no more.
     logits = jnp.dot(tokens.astype(jnp.float32), router.astype(jnp.float32), precision='highest')
     weights, chosen = choose(logits, experts)

@@ -113,6 +113,8 @@ class ModelConfig:
   embed_scaled: embeddings are multiplied by sqrt(width), rounded to `dtype`.
   latent: keys and values come from a latent, and `head_dim` is the query's; None: they are projected. `qkv_bias` is
     then the bias of what makes the latents.
+  family: the Hugging Face `model_type` it came from, which its config.json shall have again where that can describe
+    it; None is any. It changes no number, so models that differ in it only are equal.
   """
 
   vocab_size: int
@@ -144,6 +146,7 @@ class ModelConfig:
   dtype: str = 'float32'
   param_dtype: str = 'float32'
   remat: bool = False
+  family: str | None = dataclasses.field(default=None, compare=False)
 
   def __post_init__(self):
     for name in ('head', 'period', 'remainder'):

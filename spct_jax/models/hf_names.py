@@ -24,10 +24,20 @@ BLOCK = {
     'q_norm/scale': ('self_attn.q_norm.weight', 0),
     'k_norm/scale': ('self_attn.k_norm.weight', 0),
     'o/kernel': ('self_attn.o_proj.weight', 2),
+    'o/bias': ('self_attn.o_proj.bias', 0),
     'mlp_norm/scale': ('post_attention_layernorm.weight', 0),
     'gate/kernel': ('mlp.gate_proj.weight', 1),
+    'gate/bias': ('mlp.gate_proj.bias', 0),
     'up/kernel': ('mlp.up_proj.weight', 1),
+    'up/bias': ('mlp.up_proj.bias', 0),
     'down/kernel': ('mlp.down_proj.weight', 1),
+    'down/bias': ('mlp.down_proj.bias', 0),
+}
+# With `post_norms`: what others call the norm in front of the MLP is here the one behind attention.
+POST_NORMS = {
+    'attn_post_norm/scale': ('post_attention_layernorm.weight', 0),
+    'mlp_norm/scale': ('pre_feedforward_layernorm.weight', 0),
+    'mlp_post_norm/scale': ('post_feedforward_layernorm.weight', 0),
 }
 ENDS = {
     'embed/table': ('model.embed_tokens.weight', 0),
@@ -46,7 +56,8 @@ def tensors_of(config: ModelConfig, path: str) -> tuple[str | list, int]:
   if path in ENDS:
     return ENDS[path]
   group, j, leaf = path.split('/', 2)
-  name, axes = (BLOCK | hf_experts.block(config))[leaf]
+  table = BLOCK | POST_NORMS if config.post_norms else BLOCK
+  name, axes = (table | hf_experts.block(config))[leaf]
   first, period = len(config.head), len(config.period)
   start = {'head': 0, 'period': first, 'remainder': first + period * config.num_periods}[group] + int(j)
   if group != 'period':

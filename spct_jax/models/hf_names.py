@@ -70,12 +70,12 @@ def pairs(config: ModelConfig, path: str) -> int:
   return 0 if path in ENDS else hf_experts.pairs(config, path.split('/', 2)[2])
 
 
-def ours(value: np.ndarray, shape: tuple[int, ...], axes: int, dtype) -> np.ndarray:
+def ours(value: np.ndarray, shape: tuple[int, ...], axes: int, dtype, pairs: int = 0) -> np.ndarray:
   """A tensor of the file as a leaf (of one layer) of `shape`; the vocabulary padded with zeros."""
   value = value if axes == 0 else value.T
   if value.size < np.prod(shape):
     value = np.pad(value, [(0, want - got) for want, got in zip(shape, value.shape)])
-  return np.ascontiguousarray(value.reshape(shape)).astype(dtype)
+  return np.ascontiguousarray(hf_experts.to_halves(value.reshape(shape), pairs)).astype(dtype)
 
 
 def theirs(config: ModelConfig, path: str, value: np.ndarray) -> np.ndarray:

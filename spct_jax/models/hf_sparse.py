@@ -20,7 +20,8 @@ from spct_jax.models.config import Experts, Latent, ModelConfig
 
 
 def _mixtral(where, fields):
-  experts = Experts(
+  experts = _made(
+      where, Experts,
       count=_count(where, fields, 'num_experts', 'num_local_experts'),
       top_k=_count(where, fields, 'num_experts_per_tok'),
       ffn=fields['intermediate_size'],
@@ -40,7 +41,8 @@ def _qwen3(where, fields):
   sparse = [i not in dense and (i + 1) % step == 0 for i in range(fields['num_hidden_layers'])]
   if not any(sparse):
     return [None] * len(sparse)
-  experts = Experts(
+  experts = _made(
+      where, Experts,
       count=_count(where, fields, 'num_local_experts', 'num_experts'),
       top_k=_count(where, fields, 'num_experts_per_tok'),
       ffn=_count(where, fields, 'moe_intermediate_size'),
@@ -73,7 +75,8 @@ def _deepseek(where, fields):
     raise ValueError(f'{where}: topk_method is {fields["topk_method"]!r}; supported are {", ".join(methods)}')
   limited = fields['topk_method'] == 'group_limited_greedy'
   ffn = _count(where, fields, 'moe_intermediate_size')
-  experts = Experts(
+  experts = _made(
+      where, Experts,
       count=_count(where, fields, 'num_experts', 'n_routed_experts'),
       top_k=_count(where, fields, 'num_experts_per_tok'),
       ffn=ffn,
@@ -134,7 +137,8 @@ def latent(where: str, model_type: str, fields: dict[str, Any]) -> Latent | None
   rope = fields.get('rope_parameters') or fields.get('rope_scaling') or {}
   if rope.get('mscale_all_dim') and rope.get('rope_type', rope.get('type')) not in ('yarn', 'default'):
     raise ValueError(f'{where}: mscale_all_dim with rotary scaling other than yarn is not supported')
-  return Latent(
+  return _made(
+      where, Latent,
       rank=_count(where, fields, 'kv_lora_rank'),
       nope=_count(where, fields, 'qk_nope_head_dim'),
       rope=_count(where, fields, 'qk_rope_head_dim'),
@@ -152,6 +156,13 @@ def written(model_type: str, config: ModelConfig) -> dict[str, Any]:
   # Without experts anywhere their sizes do not matter, but some must be there.
   one = next((layer for layer in every if layer is not None), Experts(1, 1, config.ffn, shared_ffn=config.ffn))
   return KINDS[model_type][1](config, one, sparse)
+
+
+def _made(where, cls, **settings):
+  try:
+    return cls(**settings)
+  except (ValueError, TypeError) as error:
+    raise ValueError(f'{where}: {error}') from None
 
 
 def _count(where, fields, *names):

@@ -198,7 +198,7 @@ def test_tied_files_may_repeat_the_table(tmp_path):
 @pytest.mark.parametrize(
     'change, message',
     [
-        ({'qkv_bias': True}, 'qwen3 differs in qkv_bias;'),
+        ({'qkv_bias': True}, 'qwen2 differs in qk_norm; qwen3 differs in o_bias;'),
         ({'qk_norm': False}, 'mistral differs in layers with their window; qwen2 differs in qkv_bias; '),
         ({'head': (BlockConfig(rope_theta=5.0),)}, 'qwen3 differs in layers with their rope_theta;'),
         ({'head': (BlockConfig(window=7),)}, 'qwen3 differs in layers with their window;'),

@@ -42,7 +42,7 @@ class Case:
 def reference_model(folder, *, head_kind='lm', dtype='float32'):
   auto = transformers.AutoModelForCausalLM if head_kind == 'lm' else transformers.AutoModelForSequenceClassification
   # Eager attention: the other implementations leave out the soft cap.
-  return auto.from_pretrained(folder, attn_implementation='eager', dtype=dtype).eval()
+  return auto.from_pretrained(folder, attn_implementation='eager', experts_implementation='eager', dtype=dtype).eval()
 
 
 def new_model(folder, family, seed, head_kind='lm'):
@@ -50,7 +50,7 @@ def new_model(folder, family, seed, head_kind='lm'):
   fields = families.config(family, seed, head_kind=head_kind)
   settings = transformers.AutoConfig.for_model(**fields)
   auto = transformers.AutoModelForCausalLM if head_kind == 'lm' else transformers.AutoModelForSequenceClassification
-  model = auto.from_config(settings, attn_implementation='eager')
+  model = auto.from_config(settings, attn_implementation='eager', experts_implementation='eager')
   with torch.no_grad():
     for name, parameter in model.named_parameters():
       parameter.copy_(torch.tensor(families.tensor(name, tuple(parameter.shape), seed)))

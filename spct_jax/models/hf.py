@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from spct_jax import sharding
-from spct_jax.models import hf_config, hf_files, hf_folder, hf_names, hf_slices
+from spct_jax.models import hf_config, hf_experts, hf_files, hf_folder, hf_names, hf_slices
 from spct_jax.models.config import DTYPES, ModelConfig
 from spct_jax.models.hf_files import Weights, listing
 from spct_jax.models.transformer import Transformer
@@ -64,19 +64,21 @@ def load(
   if vocab_multiple is None:
     vocab_multiple = 1 if mesh is None else int(mesh.size)
   settings = dataclasses.replace(read_config(folder, dtype.name), vocab_multiple=vocab_multiple)
-  model = Transformer(settings)
-  abstract = model.abstract_params()
-  if mesh is None:
-    one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    places = jax.tree.map(lambda leaf: one, abstract)
-  else:
-    places = sharding.tree_shardings(abstract, rules, mesh)
   with Weights(folder) as weights, hf_slices.threads() as pool:
+    settings = hf_experts.with_routers(settings, weights.tensors)
+    model = Transformer(settings)
+    abstract = model.abstract_params()
+    if mesh is None:
+      one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+      places = jax.tree.map(lambda leaf: one, abstract)
+    else:
+      places = sharding.tree_shardings(abstract, rules, mesh)
     check(weights, settings, abstract)
 
     def fill(path, leaf, place):
       names, axes = hf_names.tensors_of(settings, path)
-      return hf_slices.fill(weights, names, axes, leaf.shape, dtype, place, pool)
+      pairs = hf_names.pairs(settings, path)
+      return hf_slices.fill(weights, names, axes, leaf.shape, leaf.dtype, place, pool, pairs)
 
     names = [path for path, _ in sharding.leaf_paths(abstract)]
     paths = jax.tree.unflatten(jax.tree.structure(abstract), names)
@@ -90,6 +92,7 @@ def check(weights: Weights, config: ModelConfig, abstract: Any) -> None:
   stands in for a missing table, and must equal one that is there.
   """
   tensors = weights.tensors
+  hf_experts.unfuse(tensors, config)
   wanted = {}
   for path, leaf in sharding.leaf_paths(abstract):
     names, _ = hf_names.tensors_of(config, path)
@@ -163,7 +166,7 @@ def save(
   source = None if source is None else pathlib.Path(source)
   fields = _config_json(fields, source)
   shards = _plan(config, params, dtype, shard_bytes)
-  values = lambda shard: (_value(config, params, tensor, dtype) for tensor in shard)
+  values = lambda shard: (_value(config, params, tensor) for tensor in shard)
   if jax.process_index() > 0:
     for shard in shards:
       for value in values(shard):
@@ -174,7 +177,7 @@ def save(
     for number, shard in enumerate(shards, 1):
       count = '' if len(shards) == 1 else f'-{number:05d}-of-{len(shards):05d}'
       file = f'model{count}.safetensors'
-      entries = [(tensor.name, dtype.name, tensor.shape) for tensor in shard]
+      entries = [(tensor.name, tensor.dtype.name, tensor.shape) for tensor in shard]
       total += hf_folder.write_tensors(partial / file, entries, values(shard))
       where |= {tensor.name: file for tensor in shard}
     if len(shards) > 1:
@@ -209,6 +212,7 @@ class _Planned:
   path: str
   lead: tuple[int, ...]
   shape: tuple[int, ...]
+  dtype: np.dtype
 
 
 def _plan(config, params, dtype, shard_bytes) -> list[list[_Planned]]:
@@ -220,26 +224,27 @@ def _plan(config, params, dtype, shard_bytes) -> list[list[_Planned]]:
     if path == 'reward/bias' and not np.any(sharding.to_host(leaf)):
       continue
     shape = tuple(hf_names.file_shape(config, path, leaf.shape[_depth(names) :]))
-    size = int(np.prod(shape)) * dtype.itemsize
+    stored = hf_experts.stored(config, path, dtype)
+    size = int(np.prod(shape)) * stored.itemsize
     for lead, name in _leads(names):
       if size > room and shards[-1]:
         shards, room = shards + [[]], shard_bytes
-      shards[-1].append(_Planned(name, path, lead, shape))
+      shards[-1].append(_Planned(name, path, lead, shape, stored))
       room -= size
   return shards
 
 
-def _value(config, params, tensor, dtype) -> np.ndarray:
+def _value(config, params, tensor) -> np.ndarray:
   leaf = params
   for key in tensor.path.split('/'):
     leaf = leaf[key]
   for i in tensor.lead:
     leaf = leaf[i]
   value = hf_names.theirs(config, tensor.path, sharding.to_host(leaf))
-  if value.dtype == dtype:
+  if value.dtype == tensor.dtype:
     return value
-  rounded = value.astype(dtype)
-  if dtype.name == 'float16' and np.isinf(rounded).any() and not np.isinf(value).any():
+  rounded = value.astype(tensor.dtype)
+  if tensor.dtype.name == 'float16' and np.isinf(rounded).any() and not np.isinf(value).any():
     raise ValueError(f'tensor {tensor.name} has values beyond float16 (65504); write bfloat16 or float32')
   return rounded
 

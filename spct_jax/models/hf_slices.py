@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spct_jax.models import hf_files
+from spct_jax.models import hf_experts, hf_files
 from spct_jax.models.hf_files import Box, Tensor, Weights
 
 Names = Any  # a tensor's name, or a list of Names for each place of a leading dimension
@@ -32,29 +32,30 @@ _TASK = 8 * 2**20  # bytes that a thread reads before it takes the next part
 
 def fill(
     weights: Weights, names: Names, axes: int, shape: tuple[int, ...], dtype: Any, place: Any,
-    pool: concurrent.futures.Executor,
+    pool: concurrent.futures.Executor, pairs: int = 0,
 ) -> jax.Array:
   """The leaf of `shape` laid out by the sharding `place`, from the tensors called `names`.
 
   names: one tensor, or a list per leading (stacked) dimension of the leaf. A name without a tensor gives zeros.
   axes: how many of the leaf's other dimensions the tensor's input dimension stands for; 0 if it is no kernel.
   Rows that the tensor lacks (a padded vocabulary) are zeros.
+  pairs: so many of the last numbers of the leaf's last dimension are pairs in the file and two halves in the leaf.
   """
   dtype = jnp.dtype(dtype)
   stacked = not isinstance(names, str)
   on_host = all(device.platform == 'cpu' for device in place.addressable_devices)
   if on_host or not stacked or place.shard_shape(shape)[0] < shape[0]:
-    return _whole(weights, names, axes, shape, dtype, place, pool)
-  return by_slices(weights, names, axes, shape, dtype, place, pool)
+    return _whole(weights, names, axes, shape, dtype, place, pool, pairs)
+  return by_slices(weights, names, axes, shape, dtype, place, pool, pairs)
 
 
-def by_slices(weights, names, axes, shape, dtype, place, pool) -> jax.Array:
+def by_slices(weights, names, axes, shape, dtype, place, pool, pairs=0) -> jax.Array:
   """A stacked leaf put on its devices one slice of the first dimension after the other; arguments as in `fill`."""
   spec = place.spec[1:] if isinstance(place, jax.sharding.NamedSharding) else None
   inner = place if spec is None else jax.sharding.NamedSharding(place.mesh, jax.sharding.PartitionSpec(*spec))
   leaf = _zeros(shape, str(dtype), place)()
   for i, name in enumerate(names):
-    piece = _whole(weights, name, axes, shape[1:], jnp.dtype(dtype), inner, pool)
+    piece = _whole(weights, name, axes, shape[1:], jnp.dtype(dtype), inner, pool, pairs)
     leaf = jax.block_until_ready(_insert(place)(leaf, piece, np.int32(i)))
   return leaf
 
@@ -75,14 +76,14 @@ def _insert(place):
   return jax.jit(put, out_shardings=place, donate_argnums=0)
 
 
-def _whole(weights, names, axes, shape, dtype, place, pool):
+def _whole(weights, names, axes, shape, dtype, place, pool, pairs):
   """Fills one piece of host memory per distinct box of this process, and hands them to the devices."""
   boxes: dict[tuple, np.ndarray] = {}
   for index in place.addressable_devices_indices_map(shape).values():
     key = _ranges(index, shape)
     if key not in boxes:
       boxes[key] = hf_files.aligned([stop - start for start, stop in key], dtype)
-  tasks, afterwards = _tasks(weights, names, axes, shape, boxes)
+  tasks, afterwards = _tasks(weights, names, axes, shape, boxes, pairs)
   for done in pool.map(lambda task: weights.read(*task), tasks):
     del done  # an error of a reader is raised here
   for finish in afterwards:
@@ -94,7 +95,7 @@ def _ranges(index: tuple[slice, ...], shape: Sequence[int]) -> tuple[tuple[int, 
   return tuple(part.indices(size)[:2] for part, size in zip(index, shape))
 
 
-def _tasks(weights, names, axes, shape, boxes):
+def _tasks(weights, names, axes, shape, boxes, pairs):
   """What to read into the boxes: arguments of `Weights.read`; and what is left to do once all has been read."""
   tasks, afterwards = [], []
   depth = _depth(names)
@@ -111,9 +112,14 @@ def _tasks(weights, names, axes, shape, boxes):
     tensor = weights.tensors[name]
     rectangles = []
     for key, held in parts.items():
+      if pairs:
+        held, turned = _halves(held, shape[-1], key[-1], pairs)
+        key = (*key[:-1], (0, shape[-1]))
       rectangle, finish = _rectangle(tensor, axes, shape[depth:], key, held)
       rectangles.append(rectangle)
       afterwards += finish
+      if pairs:
+        afterwards.append(turned)
     tasks += _runs(tensor, rectangles)
   return tasks, afterwards
 
@@ -140,6 +146,19 @@ def _rectangle(tensor: Tensor, axes: int, shape: Sequence[int], key: Sequence[tu
     (matrix[:, there:] if axes else matrix[there:]).fill(0)
     matrix = matrix[:, :there] if axes else matrix[:there]
   return Box(matrix, slice(rows.start, rows.start + there), columns, bool(axes)), finish
+
+
+def _halves(held, size, bounds, pairs):
+  """(memory to read into, what is left to do then): `held` if it has the last dimension whole, else room for that."""
+  whole = held if bounds == (0, size) else np.empty((*held.shape[:-1], size), held.dtype)
+
+  def finish():
+    turned = whole[..., size - pairs :]
+    turned[...] = hf_experts.to_halves(turned, pairs)
+    if whole is not held:
+      held[...] = whole[..., slice(*bounds)]
+
+  return whole, finish
 
 
 def _bounds(dims: Sequence[int], ranges: Sequence[tuple[int, int]]) -> slice:

@@ -48,6 +48,8 @@ def config(family: str, seed: int, *, head_kind: str = 'lm') -> dict:
   if family == 'llama':
     fields['mlp_bias'] = pick(True, False)
   window = int(rng.integers(2, 6))
+  if row.windows == 'all or none':
+    fields |= {'use_sliding_window': pick(True, False), 'sliding_window': window}
   if row.windows == 'same':
     fields['sliding_window'] = pick(window, window, None)
   if row.windows == 'switched' and pick(True, False):
@@ -73,9 +75,43 @@ def config(family: str, seed: int, *, head_kind: str = 'lm') -> dict:
     fields['rope_parameters'] = {
         'full_attention': ropes[seed % len(ropes)], 'sliding_attention': _ropes(rng, pick)[seed // 2 % len(ropes)],
     }
+  fields |= _experts(family, rng, pick, layers, seed)
+  if family == 'deepseek_v2':
+    fields['num_key_value_heads'] = heads
+    del fields['head_dim']
   if head_kind == 'scalar':
     fields |= {'num_labels': 1, 'id2label': {'0': 'LABEL_0'}, 'label2id': {'LABEL_0': 0}, 'pad_token_id': 0}
   return fields
+
+
+def _experts(family, rng, pick, layers, seed):
+  """Mixtures of few experts, of which some are chosen; latent attention with and without a latent for queries."""
+  if family not in ('mixtral', 'qwen3_moe', 'deepseek_v2'):
+    return {}
+  count, ffn = pick(3, 4, 6), int(rng.integers(5, 20))
+  top_k = int(rng.integers(1, count + 1))
+  if family == 'mixtral':
+    return {'num_local_experts': count, 'num_experts_per_tok': top_k}
+  if family == 'qwen3_moe':
+    return {
+        'num_experts': count, 'num_experts_per_tok': top_k, 'moe_intermediate_size': ffn,
+        'norm_topk_prob': pick(True, False), 'decoder_sparse_step': 1 + seed % 2,
+        'mlp_only_layers': [i for i in range(layers) if pick(True, False, False)],
+    }
+  # Even sizes: where a row's parts begin at odd places, `transformers` cannot turn them.
+  groups = pick(2, 3)
+  limited = {
+      'topk_method': 'group_limited_greedy', 'n_group': groups, 'topk_group': groups - 1,
+      'n_routed_experts': groups * count, 'num_experts_per_tok': min(top_k, count),
+  }
+  greedy = {'topk_method': 'greedy', 'n_routed_experts': count, 'num_experts_per_tok': top_k}
+  return {
+      **(limited if seed % 2 else greedy),
+      'moe_intermediate_size': ffn, 'n_shared_experts': pick(1, 2), 'first_k_dense_replace': pick(0, 1, 1),
+      'routed_scaling_factor': pick(1.0, 2.5), 'norm_topk_prob': False,
+      'q_lora_rank': pick(5, 7) if seed % 2 else None, 'kv_lora_rank': pick(6, 8), 'qk_nope_head_dim': pick(2, 6),
+      'qk_rope_head_dim': pick(4, 6), 'v_head_dim': pick(4, 7),
+  }
 
 
 def _ropes(rng, pick):
@@ -95,7 +131,7 @@ def _ropes(rng, pick):
       yarn,
       {
           **yarn, 'beta_fast': float(rng.uniform(4, 16)), 'beta_slow': float(rng.uniform(0.5, 2)),
-          'truncate': pick(True, False), 'mscale': 0.7, 'mscale_all_dim': pick(0.3, 1.0),
+          'truncate': pick(True, False), 'mscale': 0.7, 'mscale_all_dim': pick(0.3, 0.7, 1.0),
       },
       {**yarn, 'attention_factor': float(rng.uniform(0.8, 1.3))},
   )
@@ -107,5 +143,7 @@ def tensor(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
   draw = rng.normal(size=shape)
   if len(shape) > 1:
     size = 1.0 if 'embed_tokens' in name else shape[-1] ** -0.5
+    if name.endswith('.gate.weight'):  # a router that decides clearly: where two experts tie, rounding chooses
+      size *= 3
     return (1.5 * size * draw).astype(np.float32)
   return ((0.3 * draw) + (1.0 if 'norm' in name else 0.0)).astype(np.float32)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from spct_jax import sharding
-from spct_jax.models import hf, hf_names
+from spct_jax.models import hf, hf_experts, hf_names
 from spct_jax.models.transformer import Transformer
 from spct_jax.sampling.engine import Engine
 from spct_jax.testing import families
@@ -42,7 +42,7 @@ class Case:
 def reference_model(folder, *, head_kind='lm', dtype='float32'):
   auto = transformers.AutoModelForCausalLM if head_kind == 'lm' else transformers.AutoModelForSequenceClassification
   # Eager attention: the other implementations leave out the soft cap.
-  return auto.from_pretrained(folder, attn_implementation='eager', dtype=dtype).eval()
+  return auto.from_pretrained(folder, attn_implementation='eager', experts_implementation='eager', dtype=dtype).eval()
 
 
 def new_model(folder, family, seed, head_kind='lm'):
@@ -50,7 +50,7 @@ def new_model(folder, family, seed, head_kind='lm'):
   fields = families.config(family, seed, head_kind=head_kind)
   settings = transformers.AutoConfig.for_model(**fields)
   auto = transformers.AutoModelForCausalLM if head_kind == 'lm' else transformers.AutoModelForSequenceClassification
-  model = auto.from_config(settings, attn_implementation='eager')
+  model = auto.from_config(settings, attn_implementation='eager', experts_implementation='eager')
   with torch.no_grad():
     for name, parameter in model.named_parameters():
       parameter.copy_(torch.tensor(families.tensor(name, tuple(parameter.shape), seed)))
@@ -122,6 +122,30 @@ def close(got, want, share):
   assert np.abs(got - want).max() <= share * np.abs(want).max()
 
 
+def each(names, leaf):
+  """(name, part) of a leaf's tensors."""
+  if isinstance(names, str):
+    return [(names, leaf)]
+  return [pair for name, part in zip(names, leaf) for pair in each(name, part)]
+
+
+def apart(tensors, config):
+  """Experts by their names in files; `transformers` holds those of a layer in two tensors."""
+  out = dict(tensors)
+  for name, value in tensors.items():
+    layer, _, fused = name.partition('.mlp.experts.')
+    if fused:
+      del out[name]
+      block = hf_experts.block(config)
+      for kind in ('down',) if fused == 'down_proj' else ('gate', 'up'):
+        part = value if kind == 'down' else np.split(value, 2, axis=1)[kind == 'up']
+        for e, matrix in enumerate(part):
+          out[f'{layer}.' + block[f'moe/experts/{kind}/kernel'][0].format(e)] = matrix
+    elif config.family == 'mixtral' and name.endswith('.mlp.gate.weight'):
+      out[name.replace('mlp', 'block_sparse_moe')] = out.pop(name)
+  return out
+
+
 def test_logits_in_one_pass_and_cached(case):
   with torch.no_grad():
     want = case.reference(**inputs(case)).logits.numpy()
@@ -134,12 +158,11 @@ def test_gradients_of_the_mean_log_probability(case):
   logp = torch.log_softmax(case.reference(**inputs(case)).logits[:, :-1], dim=-1)
   picked = logp.gather(2, torch.tensor(case.tokens[:, 1:, None], dtype=torch.long))[:, :, 0]
   picked[torch.tensor(REAL[:, 1:])].mean().backward()
-  theirs = {name: p.grad.numpy() for name, p in case.reference.named_parameters()}
+  theirs = apart({name: p.grad.numpy() for name, p in case.reference.named_parameters()}, case.model.config)
   for path, leaf in sharding.leaf_paths(case.ours['grads']):
     names, axes = hf_names.tensors_of(case.model.config, path)
-    for i, name in enumerate([names] if isinstance(names, str) else names):
-      got = leaf if isinstance(names, str) else leaf[i]
-      want = hf_names.ours(theirs[name], got.shape, axes, np.float32)
+    for name, got in each(names, leaf):
+      want = hf_names.ours(theirs[name], got.shape, axes, np.float32, hf_names.pairs(case.model.config, path))
       # Float32 rounding of a tensor whose gradients cancel is measured against what they were made of.
       assert np.abs(got - want).max() <= max(1e-4 * np.abs(want).max(), 1e-8), name
 

@@ -157,7 +157,7 @@ def model(config: Any, tok: tokenizers.Tokenizer, *, name: str = 'base', head_ki
   for link in links:
     if link.kind == 'stage':  # its checkpoint holds the padding rows of the vocabulary too
       padded = link.config
-      if link.path:
+      if link.path and link.config.tokenizer.path:  # an import without one goes by its folder's, below
         _same_tokens(config, tok, link.config.tokenizer.path, f'{link.path}:{link.stage}')
   own = {
       'dtype': fields.dtype,

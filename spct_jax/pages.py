@@ -63,7 +63,13 @@ def _rules() -> tuple:
       (r'unembed/kernel$', ('fsdp', 'tensor')),  # [D, V]
       (r'/(q|k|v)/kernel$', ('fsdp', 'tensor', None)),  # [D, H, hd]
       (r'/(q|k|v)/bias$', ('tensor', None)),  # [H, hd]
+      (r'/(q|kv)_down/kernel$', ('fsdp', None)),  # [D, rank], latent attention
+      (r'/(q|kv)_up/kernel$', ('fsdp', 'tensor', None)),  # [rank, H, hd]
+      (r'/(q|kv)_down/bias$', (None,)),
       (r'/o/kernel$', ('tensor', None, 'fsdp')),  # [H, hd, D]
+      (r'/experts/(gate|up)/kernel$', (None, 'fsdp', 'tensor')),  # [E, D, F], the experts whole
+      (r'/experts/down/kernel$', (None, 'tensor', 'fsdp')),  # [E, F, D]
+      (r'/router/kernel$', ('fsdp', None)),  # [D, E]
       (r'/(gate|up)/kernel$', ('fsdp', 'tensor')),  # [D, F]
       (r'/(gate|up)/bias$', ('tensor',)),  # [F]
       (r'/down/kernel$', ('tensor', 'fsdp')),  # [F, D]
@@ -87,4 +93,7 @@ def _sampler_rules() -> tuple:
 
 def _cache_rules() -> tuple:
   """Prompt slots and rows over data and fsdp, key/value heads over tensor."""
-  return ((r'/(k|v)$', (('data', 'fsdp'), 'tensor', None, None)),)
+  return (
+      (r'/(k|v)$', (('data', 'fsdp'), 'tensor', None, None)),
+      (r'/latent$', (('data', 'fsdp'), None, None, None)),  # one for all heads
+  )

@@ -48,6 +48,11 @@ class Tokenizer:
   vocab_size: int
   chat_template: str | None
 
+  @property
+  def bos_id(self) -> int | None:
+    """The id that begins a text, None where the tokenizer names none."""
+    return self.hf.bos_token_id
+
   def encode(self, text: str) -> list[int]:
     """Ids of frame text that opens a prompt; special tokens in it are special."""
     return list(self._opening(text))

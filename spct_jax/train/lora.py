@@ -14,7 +14,8 @@ next stage and the export.
 1. A scalar head learns whole: its kernel is in the adapters' tree, and starts as the base's. Its bias stays: it
    moves all rewards alike, and PEFT has no place for it.
 2. Adapters have no dropout: it would make a step depend on more than its batch.
-3. A is uniform within 1 / sqrt(fan-in), as PEFT draws it; the paper has a Gaussian.
+3. Experts and their routers cannot be adapted: stacked kernels have no place for a pair each, nor in PEFT.
+4. A is uniform within 1 / sqrt(fan-in), as PEFT draws it; the paper has a Gaussian.
 """
 
 import dataclasses
@@ -61,6 +62,8 @@ def kernels(model: Transformer) -> dict[str, tuple[tuple[int, ...], int]]:
   for path, leaf in sharding.leaf_paths(model.abstract_params()):
     parts = path.split('/')
     if parts[0] not in ('head', 'period', 'remainder') or parts[-1] != 'kernel':
+      continue
+    if parts[-2] == 'router' or parts[-3] == 'experts':
       continue
     found[path] = (leaf.shape[1:] if parts[0] == 'period' else leaf.shape), hf_names.tensors_of(model.config, path)[1]
   return found

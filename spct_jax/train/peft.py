@@ -23,7 +23,7 @@ import safetensors
 import safetensors.numpy
 
 from spct_jax import sharding
-from spct_jax.models import hf_names
+from spct_jax.models import hf_experts, hf_names
 from spct_jax.models.transformer import Transformer
 from spct_jax.train import lora
 
@@ -142,7 +142,8 @@ def load(
     pair = {}
     for leaf in lora.PAIR:
       names = [name for which, name, _ in _names(model, kernel) if which == leaf]
-      each = [_ours(tensors[name], leaf, shape, axes, config.rank) for name in names]
+      pairs = hf_names.pairs(model.config, kernel) if leaf == 'lora_b' else 0
+      each = [_ours(tensors[name], leaf, shape, axes, config.rank, pairs) for name in names]
       pair[leaf] = np.stack(each) if kernel.startswith('period/') else each[0]
     lora.put(tree, kernel, pair)
   if head in tensors:
@@ -167,7 +168,8 @@ def save(folder: str | os.PathLike, adapted: lora.Adapted, adapters: dict, base:
   for kernel, (_, axes) in lora.adapted(model, settings).items():
     for leaf, name, i in _names(model, kernel):
       value = sharding.to_host(_at(adapters, kernel)[leaf])
-      tensors[name] = _theirs(value if i is None else value[i], leaf, axes)
+      pairs = hf_names.pairs(model.config, kernel) if leaf == 'lora_b' else 0
+      tensors[name] = _theirs(value if i is None else value[i], leaf, axes, pairs)
   fields = {
       'peft_type': 'LORA',
       'task_type': TASKS[model.config.head_kind],
@@ -220,12 +222,13 @@ def _modules(model, settings):
   return sorted({name[-1] if name[-1] not in others else '.'.join(name[-2:]) for name in map(of, chosen)})
 
 
-def _ours(value, leaf, shape, axes, rank):
+def _ours(value, leaf, shape, axes, rank, pairs):
   value = np.ascontiguousarray(value.T.astype(np.float32))
-  return value.reshape((*shape[:axes], rank) if leaf == 'lora_a' else (rank, *shape[axes:]))
+  return hf_experts.to_halves(value.reshape((*shape[:axes], rank) if leaf == 'lora_a' else (rank, *shape[axes:])), pairs)
 
 
-def _theirs(value, leaf, axes):
+def _theirs(value, leaf, axes, pairs):
+  value = hf_experts.to_pairs(value, pairs)
   rows = int(np.prod(value.shape[: axes if leaf == 'lora_a' else 1]))
   return np.ascontiguousarray(value.reshape(rows, -1).T)
 

@@ -8,9 +8,16 @@ Run it:
 
   --config=PAGE.py[:CHOICES]  the page of numbers; a choice moves several fields at once
   --config.FIELD=VALUE        sets one field: --config.seed=3, --config.evaluate.ks='(1,8)'
+  --config.model=FOLDER       the same as --config.model.path=FOLDER, and so for tokenizer, data and
+                              every other section with a field path
   --workdir=FOLDER            where everything is written
   --strict                    an unusable item is an error, not a counted and named skip
   --help                      this text; with --config=PAGE.py, that page's own text and fields
+
+Wherever a stage takes a model (config.model.path, and sft.init, sample.model, rft.init, grpo.init,
+grpo.reference, meta_rm.init, meta_rm.policy, evaluate.models, evaluate.meta), it may be a Hugging Face
+folder, a PEFT folder, or WORKDIR:STAGE, what a stage of another workdir trained; all but the first
+also take base (config.model) and the name of a stage of this workdir.
 
 Resume: start the same command again. A workdir belongs to one config: finished stages are skipped,
 an unfinished one continues from its last checkpoint, and a finished stage whose inputs changed runs
@@ -82,6 +89,7 @@ def parse(argv: Sequence[str]) -> flags.FlagValues:
     raise ValueError(
       f'--config={page}: get_config returns a {type(config).__name__}, not a ConfigDict'
     )
+  argv = _with_paths(argv, config)
   overrides = list(_overrides(argv))
   for name in overrides:
     _check_field(config, name)
@@ -241,6 +249,17 @@ def _overrides(argv: Sequence[str]) -> Iterator[str]:
     for prefix in ('--config.', '-config.', '--noconfig.'):
       if name.startswith(prefix):
         yield name.removeprefix(prefix)
+
+
+def _with_paths(argv: Sequence[str], config: ConfigDict) -> list[str]:
+  """`argv` with --config.SECTION=PATH, which no flag of a section takes, written out as --config.SECTION.path=PATH."""
+  written = []
+  for word in argv:
+    name, equals, value = word.partition('=')
+    flag, _, section = name.partition('.')
+    node = config[section] if flag in ('--config', '-config') and section in config else None
+    written.append(f'{name}.path{equals}{value}' if isinstance(node, ConfigDict) and 'path' in node else word)
+  return written
 
 
 def _check_field(config: ConfigDict, name: str) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from spct_jax import sharding
 from spct_jax.models import hf_config, hf_experts, hf_files, hf_folder, hf_names, hf_slices
@@ -165,12 +166,14 @@ def save(
   fields = dataclasses.replace(config, dtype=dtype.name, param_dtype=dtype.name)
   source = None if source is None else pathlib.Path(source)
   fields = _config_json(fields, source)
+  _all_may_write(folder)
   shards = _plan(config, params, dtype, shard_bytes)
   values = lambda shard: (_value(config, params, tensor) for tensor in shard)
   if jax.process_index() > 0:
     for shard in shards:
       for value in values(shard):
         del value  # every process takes part in gathering it
+    multihost_utils.sync_global_devices('hf.save')
     return
   with hf_folder.replacing(folder) as partial:
     where, total = {}, 0
@@ -199,9 +202,25 @@ def save(
         parameters=sum(int(np.prod(tensor.shape)) for shard in shards for tensor in shard),
     )
     (partial / 'README.md').write_text(text, encoding='utf-8')
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices('hf.save')  # nobody reads the folder before it is there
 
 
 # --- what is written
+
+
+def _all_may_write(folder):
+  """Ends every process where the first one finds that the folder must not be replaced: the others would wait forever."""
+  problem = None
+  if jax.process_index() == 0:
+    try:
+      hf_folder.check_target(folder)
+    except ValueError as error:
+      problem = error
+  if jax.process_count() > 1 and int(multihost_utils.broadcast_one_to_all(np.int32(problem is not None))):
+    problem = problem or ValueError(f'{folder}: process 0 may not write there; its message says why')
+  if problem is not None:
+    raise problem
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,7 +262,8 @@ def _value(config, params, tensor) -> np.ndarray:
   value = hf_names.theirs(config, tensor.path, sharding.to_host(leaf))
   if value.dtype == tensor.dtype:
     return value
-  rounded = value.astype(tensor.dtype)
+  with np.errstate(over='ignore'):  # said below, with the tensor's name
+    rounded = value.astype(tensor.dtype)
   if tensor.dtype.name == 'float16' and np.isinf(rounded).any() and not np.isinf(value).any():
     raise ValueError(f'tensor {tensor.name} has values beyond float16 (65504); write bfloat16 or float32')
   return rounded

@@ -36,9 +36,8 @@ NAMES = {dtype.name: name for name, dtype in DTYPES.items()}
 
 _LONGEST_HEADER = 100 * 2**20  # bytes; what the format allows
 _OTHER_FORMATS = ('.bin', '.pt', '.pth', '.ckpt', '.pkl', '.h5', '.msgpack', '.npz', '.gguf', '.onnx', '.ot')
-# A tile of the turned copy: its rows fill two cache lines of 16-bit values, and all of it stays in the L2 cache.
+_CHUNK = 2**19  # bytes read at once where the values are not read in place; they stay in the cache until copied
 _TILE_ROWS, _TILE_COLUMNS = 64, 512
-_CHUNK = 2**19  # bytes read at once where the values are not read in place
 
 
 @dataclasses.dataclass(frozen=True)
@@ -265,20 +264,20 @@ class Box:
 
 
 def turn(out: np.ndarray, values: np.ndarray) -> None:
-  """`out[:] = values.T` for matrices, tile by tile, several times as fast as numpy's own copy.
+  """`out[:] = values.T` for matrices of cache size; where the dtypes differ, values are rounded to that of `out`.
 
-  Where the dtypes differ, values are rounded to that of `out`.
+  Tile by tile: both sides of a tile stay in the L2 cache, which makes it three to four times as fast as `values.T`.
   """
+  if values.dtype != out.dtype:
+    values = values.astype(out.dtype)
+  # As plain integers: numpy moves its own types faster than ml_dtypes' bfloat16.
+  word = f'u{out.dtype.itemsize}'
+  out, values = out.view(word), values.view(word)
   rows, columns = values.shape
   for i in range(0, rows, _TILE_ROWS):
     for j in range(0, columns, _TILE_COLUMNS):
       tile = values[i : i + _TILE_ROWS, j : j + _TILE_COLUMNS]
-      place = out[j : j + _TILE_COLUMNS, i : i + _TILE_ROWS]
-      if values.dtype != out.dtype:
-        tile = tile.astype(out.dtype)
-      # As plain integers: numpy moves its own types faster than ml_dtypes' bfloat16.
-      word = f'u{out.dtype.itemsize}'
-      np.copyto(place.view(word), tile.view(word).T)
+      np.copyto(out[j : j + _TILE_COLUMNS, i : i + _TILE_ROWS], tile.T)
 
 
 def aligned(shape: Sequence[int], dtype: Any) -> np.ndarray:

@@ -159,12 +159,12 @@ def put(tree: dict, path: str, pair: dict) -> None:
   tree.update(pair)
 
 
-def merge(base: dict, adapters: dict, settings: Settings) -> dict:
-  """W + s A B in the dtype of the base, from float32; a scalar head takes the place of the base's.
+def merge(base: dict, adapters: dict, settings: Settings, dtype: str | None = None) -> dict:
+  """W + s A B from float32, in `dtype` or that of the base; a scalar head takes the place of the base's.
 
   Stacked kernels are merged a layer at a time, so that no float32 copy of all of them exists.
   """
-  return _merge(base, adapters, settings.scale, stacked=False)
+  return _merge(base, adapters, settings.scale, dtype, stacked=False)
 
 
 def _join(base, adapters, scale):
@@ -177,21 +177,21 @@ def _join(base, adapters, scale):
   return out
 
 
-def _merge(base, adapters, scale, stacked):
+def _merge(base, adapters, scale, dtype, stacked):
   out = dict(base)
   if 'lora_a' in adapters:
-    one = lambda each: _sum(*each, scale)
+    one = lambda each: _sum(*each, scale, dtype or base['kernel'].dtype)
     each = (base['kernel'], adapters['lora_a'], adapters['lora_b'])
     return {**out, 'kernel': jax.lax.map(one, each) if stacked else one(each)}
   for name, node in adapters.items():
     if isinstance(node, dict):
-      out[name] = _merge(base[name], node, scale, stacked or name == 'period')
+      out[name] = _merge(base[name], node, scale, dtype, stacked or name == 'period')
     else:
-      out[name] = node.astype(base[name].dtype)
+      out[name] = node.astype(dtype or base[name].dtype)
   return out
 
 
-def _sum(kernel, a, b, scale):
+def _sum(kernel, a, b, scale, dtype):
   # The default precision of a float32 product is bfloat16 on TPUs and TF32 on GPUs.
   product = jnp.tensordot(a, b, 1, precision='highest')
-  return (kernel.astype(jnp.float32) + scale * product).astype(kernel.dtype)
+  return (kernel.astype(jnp.float32) + scale * product).astype(dtype)

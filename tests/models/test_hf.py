@@ -147,7 +147,7 @@ def change_config(folder, **fields):
     [
         (dict(architectures=['GPT2LMHeadModel']), "unsupported architecture 'GPT2LMHeadModel'.*LlamaForCausalLM"),
         (dict(hidden_act='quick_gelu'), "hidden_act is 'quick_gelu'.*silu"),
-        (dict(attention_bias=True), 'missing .model.layers.0.self_attn.k_proj.bias'),
+        (dict(attention_bias=True), '16 missing: model.layers.0.self_attn.k_proj.bias, '),
         (dict(rope_scaling={'rope_type': 'dynamic', 'factor': 4.0}), "'dynamic' is not supported.*yarn"),
         (dict(rope_scaling={'rope_type': 'yarn', 'factor': -4.0}), 'config.json: rope_scaling: got .*factor'),
         (dict(rope_parameters={'full_attention': {'rope_type': 'default'}}), 'differ by layer type'),

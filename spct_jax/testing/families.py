@@ -23,7 +23,7 @@ def config(family: str, seed: int, *, head_kind: str = 'lm') -> dict:
   heads, head_dim = kv_heads * groups, pick(4, 6, 8, 10)
   # `transformers` wants a multiple of the number of heads in some families; never heads * head_dim.
   width = heads * pick(*(n for n in (3, 4, 5, 7) if n != head_dim and (heads * n) % 2 == 0 or n == 5))
-  layers = int(rng.integers(1, 8))
+  layers = int(rng.integers(1 if family != 'deepseek_v2' else 2, 8))
   row = FAMILIES[family]
   fields = {
       'architectures': [next(cls for cls, kind in row.heads.items() if kind == head_kind)],

@@ -73,10 +73,10 @@ class MoE(nn.Module):
     weights, chosen = choose(logits, experts)
     kernels = _Experts(model, experts, name='experts')()
     each = expert_outputs(model.activation, tokens, *kernels, chosen)
-    out = jnp.einsum('NKD,NK->ND', each.astype(jnp.float32), weights).astype(x.dtype)
+    out = jnp.einsum('NKD,NK->ND', each.astype(jnp.float32), weights)
     if experts.shared_ffn:
-      out = out + _Shared(model, experts.shared_ffn, name='shared')(tokens)
-    return out.reshape(B, T, D)
+      out = out + _Shared(model, experts.shared_ffn, name='shared')(tokens).astype(jnp.float32)
+    return out.astype(x.dtype).reshape(B, T, D)
 
 
 class _Kernel(nn.Module):
@@ -148,15 +148,20 @@ expert_outputs.defvjp(_forward, _backward)
 
 
 def _mlp(activation, x, gate, up, down):
-  return jnp.dot(ACTIVATIONS[activation](jnp.dot(x, gate)) * jnp.dot(x, up), down)
+  dot = functools.partial(jnp.dot, preferred_element_type=jnp.float32)
+  hidden = ACTIVATIONS[activation](dot(x, gate)) * dot(x, up)
+  return jnp.dot(hidden.astype(x.dtype), down)
 
 
 def _ragged(activation, x, gate, up, down, chosen):
   N, K = chosen.shape
   order = jnp.argsort(chosen.reshape(-1))
   rows, sizes = x[order // K], jnp.bincount(chosen.reshape(-1), length=gate.shape[0])
-  dot = functools.partial(jax.lax.ragged_dot, group_sizes=sizes.astype(jnp.int32))
-  out = dot(ACTIVATIONS[activation](dot(rows, gate)) * dot(rows, up), down)
+  dot = functools.partial(
+      jax.lax.ragged_dot, group_sizes=sizes.astype(jnp.int32), preferred_element_type=jnp.float32
+  )
+  hidden = ACTIVATIONS[activation](dot(rows, gate)) * dot(rows, up)
+  out = dot(hidden.astype(x.dtype), down).astype(x.dtype)
   return jnp.zeros_like(out).at[order].set(out, unique_indices=True).reshape(N, K, -1)
 
 

@@ -4,6 +4,7 @@ Mutations seen to fail here: the reference with its adapters on; a second copy o
 the base; the next stage given the base without what was learnt; the base read again with another seed.
 """
 
+import gc
 import json
 
 import jax
@@ -59,6 +60,13 @@ def size(tree):
   return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
 
+def bytes_held():
+  """Bytes of all arrays on the one device, each buffer counted once."""
+  gc.collect()
+  arrays = [shard.data for array in jax.live_arrays() for shard in array.addressable_shards]
+  return sum({array.unsafe_buffer_pointer(): array.nbytes for array in arrays}.values())
+
+
 def test_the_whole_of_it_on_adapters(go, config):
   run, tok, mesh = go
   live, bound = [], {}
@@ -66,12 +74,13 @@ def test_the_whole_of_it_on_adapters(go, config):
   def seen(stage, params):
     bound[stage] = sharding.to_host(params)
     if stage == 'grpo':
-      live.append((sum(array.nbytes for array in jax.live_arrays()), size(params['frozen']), size(params['adapters'])))
+      live.append((bytes_held(), size(params['frozen']), size(params['adapters'])))
 
   path, opened = run(seen)
   # In GRPO the base is there once: beside it are adapters, their two moments, and small things such as batches.
-  for held, base, adapters in live:
-    assert held < 1.25 * base + 4 * adapters, (held, base, adapters)
+  assert len(live) == 3
+  for found, base, adapters in live:
+    assert found < 1.5 * base + 4 * adapters, (found, base, adapters)
 
   rows = [row for row in records.read_jsonl(path / 'metrics.jsonl') if row['stage'] == 'grpo']
   assert rows[0]['kl'] < 1e-9 and all(row['kl'] > 1e-6 for row in rows[1:])  # the reference's adapters stay off

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from spct_jax import records, sharding, stages
+from spct_jax.judges import meta
 from spct_jax.models import hf
 from spct_jax.stages import checks, loading, meta_rm, named, workdir
 from spct_jax.testing import scripted
@@ -161,12 +162,12 @@ def test_evaluation_of_folders_with_a_folder_as_meta_rm(config, tok, mesh, tmp_p
   script = lambda info: scripted.verdict(info, tuple(range(1, len(info.order) + 1)))
   engine = scripted.ScriptedEngine(tok, script, max_new_tokens=config.judge.max_new_tokens)
 
-  def go():
-    with workdir.open_workdir(tmp_path / 'w', config) as opened:
+  def go(folder='w'):
+    with workdir.open_workdir(tmp_path / folder, config) as opened:
       stages.RUN['evaluate'](config, opened, mesh, lambda stage, params: engine)
 
   with pytest.raises(ValueError, match='evaluate.models: tables would call two of .* the same'):
-    go()
+    go('refused')
   config.evaluate.names = ('one', 'two')
   go()
   assert {row['stage'] for row in json.loads((tmp_path / 'w' / 'results.json').read_text())} == {'one', 'two'}
@@ -176,7 +177,6 @@ def test_evaluation_of_folders_with_a_folder_as_meta_rm(config, tok, mesh, tmp_p
   drawn = list(records.read_trajectories(tmp_path / 'w' / 'evaluate' / files[0].replace('-meta', '')))
   example = {e.uid: e for e in loading.data(config).heldout}[drawn[0].uid]
   settings = loading.judge_settings(config, config.evaluate, orders='shuffle', single='scale')
-  from spct_jax.judges import meta
   ids = [*meta.reader(template=settings.template, tokenizer=tok)(example, drawn[0].order), *drawn[0].token_ids]
   alone = meta_rm.scorer(scalar, reward, mesh)(np.asarray([ids], np.int32), np.asarray([len(ids)], np.int32))
   assert told[0]['logit'] == pytest.approx(float(alone[0]), abs=1e-4)

@@ -255,8 +255,6 @@ def test_what_an_adapter_asks_for_and_is_not_computed_is_refused_by_name(config,
 def test_damaged_adapters_are_refused_by_name(config, tok, tmp_path):
   decoder = loading.model(config, tok)
   adapters = write_adapter(tmp_path / 'adapter', decoder, 2, 'base')
-  with pytest.raises(ValueError, match='is there already'):
-    peft.save(tmp_path / 'adapter', lora.Adapted(decoder, TARGETS), adapters, 'base')
   path = tmp_path / 'adapter' / 'adapter_model.safetensors'
   whole = path.read_bytes()
   tensors = peft.safetensors.numpy.load_file(path)

@@ -138,13 +138,13 @@ def _export(config, given, workdir, mesh):
   processes.as_writer_says(lambda: hf_folder.check_target(to) is None, what=f'looking at {to}')  # before hours of reading
   params = loading.params(given.config, 'base', given.decoder, None, mesh)
   copied = first.kind == 'folder'  # then the files are copied as they are
+  if given.tokenizer is not None:
+    given.tokenizer.hf.chat_template = given.tokenizer.hf.chat_template or given.tokenizer.template
   hf.save(
       to, given.decoder, params, None if copied else given.tokenizer, dtype=given.dtype, shard_bytes=fields.shard_bytes,
       source=given.source, card=card(config.model.path, given.links),
   )  # fmt: skip
   if processes.is_writer():
-    if not copied and given.tokenizer is not None and given.tokenizer.chat_template is None:
-      (to / 'chat_template.jinja').write_text(given.tokenizer.template, encoding='utf-8')
     files = sorted(path.name for path in to.iterdir())
     size = sum(path.stat().st_size for path in to.iterdir() if path.is_file())
     processes.say(f'exported: {to}, {plan.size(size)} in {given.dtype}: {", ".join(files)}')

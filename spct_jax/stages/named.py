@@ -89,7 +89,7 @@ def root(config: Any, name: str, field: str = 'model') -> Model:
 
 def head_kind(config: Any, name: str, field: str = 'model') -> str:
   """'lm' or 'scalar': which head the model has."""
-  first, *_ = links = chain(config, name, field)
+  first = chain(config, name, field)[0]
   if first.kind == 'stage' and first.stage == IMPORTED:
     return head_kind(first.config, 'base', field)
   if first.kind == 'stage':
@@ -99,7 +99,7 @@ def head_kind(config: Any, name: str, field: str = 'model') -> str:
     return peft.read_config(first.path).head_kind
   if first.kind == 'folder':
     from spct_jax.models import hf
-    return hf.read_config(links[0].path).head_kind
+    return hf.read_config(first.path).head_kind
   return 'lm'
 
 
@@ -112,8 +112,7 @@ def check(config: Any, name: str, field: str, kinds: tuple[str, ...]) -> None:
     )
   got = head_kind(config, name, field)
   if got not in kinds:
-    what = {'lm': 'a language model', 'scalar': 'a scalar reward model (…ForSequenceClassification with one label)'}
-    what['scalar'] = what['scalar'].replace('…', '*')
+    what = {'lm': 'a language model', 'scalar': 'a scalar reward model (*ForSequenceClassification with one label)'}
     raise ValueError(f'{field}: {name!r} is {what[got]}; needed is {" or ".join(what[kind] for kind in kinds)}')
   for model in chain(config, name, field):
     if model.kind == 'folder' and not any(pathlib.Path(model.path).glob('*.safetensors')):
@@ -177,9 +176,9 @@ def _folder(config, name, field):
     return _other(field, _normal(head), stage)
   path = pathlib.Path(_normal(name))
   if not path.is_dir():
+    names = '' if field == 'model.path' else ', '.join(map(repr, ('base', *TRAINED))) + ', '
     raise ValueError(
-        f'{field}: got the model {name!r}; allowed: {", ".join(map(repr, ("base", *TRAINED)))}, a folder (there is none '
-        'of this name), or WORKDIR:STAGE'
+        f'{field}: got the model {name!r}; allowed: {names}a folder (there is none of this name), or WORKDIR:STAGE'
     )
   if (path / 'adapter_config.json').is_file():
     return Model('adapter', str(path))

@@ -23,8 +23,8 @@ def config(family: str, seed: int, *, head_kind: str = 'lm') -> dict:
   heads, head_dim = kv_heads * groups, pick(4, 6, 8, 10)
   # `transformers` wants a multiple of the number of heads in some families; never heads * head_dim.
   width = heads * pick(*(n for n in (3, 4, 5, 7) if n != head_dim and (heads * n) % 2 == 0 or n == 5))
-  layers = int(rng.integers(1 if family != 'deepseek_v2' else 2, 8))
   row = FAMILIES[family]
+  layers = int(rng.integers(2 if family in ('deepseek_v2', 'qwen3_moe') else 1, 10 if row.windows == 'pattern' else 8))
   fields = {
       'architectures': [next(cls for cls, kind in row.heads.items() if kind == head_kind)],
       'model_type': family,
@@ -60,9 +60,9 @@ def config(family: str, seed: int, *, head_kind: str = 'lm') -> dict:
     fields['layer_types'] = [pick('sliding_attention', 'full_attention') for _ in range(layers)]
   if 'query_pre_attn_scalar' in row.fields:
     fields['query_pre_attn_scalar'] = int(rng.integers(3, 30))
-    fields['final_logit_softcapping'] = pick(None, float(rng.uniform(1, 5)))
+    fields['final_logit_softcapping'] = pick(None, *2 * [float(rng.uniform(5, 15))])
   if 'attn_logit_softcapping' in row.fields:
-    fields['attn_logit_softcapping'] = pick(None, float(rng.uniform(0.5, 5)))
+    fields['attn_logit_softcapping'] = pick(None, *2 * [float(rng.uniform(0.5, 5))])
   ropes = _ropes(rng, pick)
   if row.rope == 'one':
     fields['rope_parameters'] = ropes[seed % len(ropes)]
@@ -96,7 +96,7 @@ def _experts(family, rng, pick, layers, seed):
     return {
         'num_experts': count, 'num_experts_per_tok': top_k, 'moe_intermediate_size': ffn,
         'norm_topk_prob': pick(True, False), 'decoder_sparse_step': 1 + seed % 2,
-        'mlp_only_layers': [i for i in range(layers) if pick(True, False, False)],
+        'mlp_only_layers': [i for i in range(layers) if i != 1 and pick(True, False, False)],
     }
   # Even sizes: where a row's parts begin at odd places, `transformers` cannot turn them.
   groups = pick(2, 3)
@@ -142,7 +142,7 @@ def tensor(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
   rng = np.random.default_rng([seed, *name.encode()])
   draw = rng.normal(size=shape)
   if len(shape) > 1:
-    size = 1.0 if 'embed_tokens' in name else shape[-1] ** -0.5
+    size = 0.2 if 'embed_tokens' in name else shape[-1] ** -0.5
     if name.endswith('.gate.weight'):  # a router that decides clearly: where two experts tie, rounding chooses
       size *= 3
     return (1.5 * size * draw).astype(np.float32)

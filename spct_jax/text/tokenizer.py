@@ -210,7 +210,7 @@ def _read_hf(folder: pathlib.Path) -> Any:
     if not (folder / 'tokenizer.json').is_file():
       remedy = f'. {_NO_JSON}'
     raise ValueError(
-        f'tokenizer: {folder} could not be read as a Hugging Face tokenizer: {error}{remedy}'
+        f'tokenizer: {folder} could not be read as a Hugging Face tokenizer: {str(error).rstrip(".")}{remedy}'
     ) from error
   # Without its vocabulary files a tokenizer is made all the same, of special tokens only.
   if hf.is_fast:

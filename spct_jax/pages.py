@@ -60,8 +60,10 @@ def _rules() -> tuple:
       (r'/(q|k|v)/bias$', ('tensor', None)),  # [H, hd]
       (r'/o/kernel$', ('tensor', None, 'fsdp')),  # [H, hd, D]
       (r'/(gate|up)/kernel$', ('fsdp', 'tensor')),  # [D, F]
+      (r'/(gate|up)/bias$', ('tensor',)),  # [F]
       (r'/down/kernel$', ('tensor', 'fsdp')),  # [F, D]
       (r'reward/kernel$', ('fsdp', None)),  # [D, 1]
+      (r'/(o|down)/bias$', (None,)),  # [D]
       (r'(scale|reward/bias)$', (None,)),  # norms
   )
 

@@ -1,6 +1,6 @@
 """Grouped-query attention under an explicit mask, and the masks.
 
-    softmax(q k^T / sqrt(head_dim), over the keys that the mask allows) v
+    softmax(cap tanh(scale q k^T / cap), over the keys that the mask allows) v        without a cap: of scale q k^T
 
 Scores and softmax are float32. A query that may see no key at all gets zeros, never NaN: such rows are
 padding, but a NaN there would reach every parameter through the backward pass.
@@ -24,22 +24,30 @@ Array = jax.Array | np.ndarray
 
 
 def dot_product(
-    q: Float[Array, 'B T H hd'],
-    k: Float[Array, 'B S M hd'],
-    v: Float[Array, 'B S M hd'],
+    q: Float[Array, 'B T H hk'],
+    k: Float[Array, 'B S M hk'],
+    v: Float[Array, 'B S M hv'],
     mask: Bool[Array, 'B T S'],
-) -> Float[Array, 'B T H hd']:
+    *,
+    scale: float,
+    softcap: float | None,
+) -> Float[Array, 'B T H hv']:
   """Query head h reads key/value head `h // (H // M)`. The result has the dtype of `q`."""
-  B, T, H, hd = q.shape
+  B, T, H, hk = q.shape
   M = k.shape[2]
-  q = q.reshape(B, T, M, H // M, hd)
+  q = q.reshape(B, T, M, H // M, hk)
   # Queries before groups: the order in which the product comes out, so that no scores are moved to turn it.
   scores = jnp.einsum('BTMGd,BSMd->BMTGS', q, k.astype(q.dtype), preferred_element_type=jnp.float32)
   mask = mask[:, None, :, None, :]
   # The most negative finite number, not -inf: exp(-inf - -inf) is NaN where a row is fully masked.
-  scores = jnp.where(mask, scores * hd**-0.5, jnp.finfo(jnp.float32).min)
+  scores = jnp.where(mask, capped(scores * scale, softcap), jnp.finfo(jnp.float32).min)
   weights = jnp.where(mask, jax.nn.softmax(scores, axis=-1), 0.0).astype(q.dtype)
-  return jnp.einsum('BMTGS,BSMd->BTMGd', weights, v.astype(q.dtype)).reshape(B, T, H, hd)
+  return jnp.einsum('BMTGS,BSMd->BTMGd', weights, v.astype(q.dtype)).reshape(B, T, H, v.shape[-1])
+
+
+def capped(x: Float[Array, '...'], cap: float | None) -> Float[Array, '...']:
+  """Softly bounded to -cap ... cap; unchanged without a cap (Gemma 2, arXiv 2408.00118, section 2)."""
+  return x if cap is None else cap * jnp.tanh(x / cap)
 
 
 def causal_mask(

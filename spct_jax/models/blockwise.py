@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from spct_jax.models import attention
+
 BLOCK = 128  # queries and keys of a block: its scores stay in a core's cache
 
 
@@ -23,12 +25,12 @@ def causal(
     v: Float[Array, 'B T M e'],
     scale: float,
     window: int | None = None,
-    softcap: float | None = None,
+    softcap: int | float | None = None,
     block: int = BLOCK,
 ) -> Float[Array, 'B T H e']:
   """Query t sees keys t - window + 1 to t (all up to t without a window). The result has the dtype of `q`.
 
-  Right padding needs no mask: real queries stand before it. `softcap` c turns a scaled score s into c tanh(s / c).
+  Right padding needs no mask: real queries stand before it. `scale` and `softcap` as in `attention.dot_product`.
   """
   (B, T, H, _), M, e = q.shape, k.shape[2], v.shape[-1]
   block = min(block, T)
@@ -45,13 +47,11 @@ def causal(
     def keys(j, carry):
       top, mass, value = carry
       take = lambda x: jax.lax.dynamic_slice_in_dim(x, j * block, block, axis=2)
-      scores = jnp.einsum('BMgqd,BMkd->BMgqk', q, take(k), preferred_element_type=jnp.float32) * scale
-      if softcap is not None:
-        scores = softcap * jnp.tanh(scores / softcap)
+      scores = jnp.einsum('BMgqd,BMkd->BMgqk', q, take(k), preferred_element_type=jnp.float32)
       distance = (i - j) * block + offset[:, None] - offset[None, :]
       seen = distance >= 0 if window is None else (distance >= 0) & (distance < window)
       # -inf against a finite start: exp(s - t) is 0 also where a query sees nothing of a block.
-      scores = jnp.where(seen[None, None, None], scores, -jnp.inf)
+      scores = jnp.where(seen[None, None, None], attention.capped(scores * scale, softcap), -jnp.inf)
       best = jnp.maximum(top, scores.max(axis=-1))
       weights, kept = jnp.exp(scores - best[..., None]), jnp.exp(top - best)
       more = jnp.einsum('BMgqk,BMke->BMgqe', weights.astype(q.dtype), take(v), preferred_element_type=jnp.float32)

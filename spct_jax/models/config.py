@@ -11,24 +11,11 @@ stages use, takes no defaults: every field must be on the config page.
 import dataclasses
 import math
 
+from spct_jax.models.rope import SCALINGS, RopeScaling
+
 DTYPES = ('float32', 'bfloat16', 'float16')
 HEAD_KINDS = ('lm', 'scalar')
-
-
-@dataclasses.dataclass(frozen=True)
-class RopeScaling:
-  """Llama-3's frequency scaling: wavelengths longer than `original_length / low` are stretched by `factor`."""
-
-  factor: int | float
-  low: int | float
-  high: int | float
-  original_length: int
-
-  def __post_init__(self):
-    if not (self.factor >= 1 and 0 < self.low < self.high and self.original_length > 0):
-      raise ValueError(
-          f'rope_scaling: got {self}; needs factor >= 1, 0 < low < high and original_length > 0'
-      )
+ACTIVATIONS = ('silu', 'gelu_tanh', 'gelu', 'relu')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +43,15 @@ class ModelConfig:
   `vocab_multiple` pads the embedding table to a multiple of it, so that it divides over devices;
   logits are cut back to `vocab_size`. `dtype` is what is computed in, `param_dtype` what is stored.
   `remat` recomputes each layer in the backward pass instead of keeping its activations.
+
+  norm_plus_one: norms multiply by 1 + scale, and scales start at 0 (Gemma).
+  post_norms: what attention and MLP add to the residual stream is normed too.
+  qkv_bias, o_bias, mlp_bias: biases on q, k and v; on o; on gate, up and down.
+  query_scalar: scores are divided by its square root; None is head_dim.
+  attn_softcap, logit_softcap: cap * tanh(x / cap) of the scores before the mask, and of the logits.
+  embed_scaled: embeddings are multiplied by sqrt(width), rounded to `dtype`.
+  family: the Hugging Face `model_type` it came from, which its config.json shall have again where that can describe
+    it; None is any. It changes no number, so models that differ in it only are equal.
   """
 
   vocab_size: int
@@ -72,11 +68,21 @@ class ModelConfig:
   tied: bool = False
   norm_eps: float = 1e-6
   qkv_bias: bool = False
+  o_bias: bool = False
+  mlp_bias: bool = False
   qk_norm: bool = False
+  norm_plus_one: bool = False
+  post_norms: bool = False
+  activation: str = 'silu'
+  query_scalar: int | float | None = None
+  attn_softcap: int | float | None = None
+  logit_softcap: int | float | None = None
+  embed_scaled: bool = False
   head_kind: str = 'lm'
   dtype: str = 'float32'
   param_dtype: str = 'float32'
   remat: bool = False
+  family: str | None = dataclasses.field(default=None, compare=False)
 
   def __post_init__(self):
     for name in ('head', 'period', 'remainder'):
@@ -102,6 +108,11 @@ class ModelConfig:
       raise ValueError('a model needs at least one block in head, period or remainder')
     if not self.norm_eps > 0:
       raise ValueError(f'norm_eps: got {self.norm_eps}; needs a small positive number, for example 1e-6')
+    for name in ('query_scalar', 'attn_softcap', 'logit_softcap'):
+      value = getattr(self, name)
+      if value is not None and not value > 0:
+        raise ValueError(f'{name}: got {value}; needs a positive number, or None')
+    _one_of('activation', self.activation, ACTIVATIONS)
     _one_of('head_kind', self.head_kind, HEAD_KINDS)
     _one_of('dtype', self.dtype, DTYPES)
     _one_of('param_dtype', self.param_dtype, DTYPES)
@@ -118,6 +129,10 @@ class ModelConfig:
   def layers(self) -> tuple[BlockConfig, ...]:
     """Every block in the order it runs."""
     return self.head + self.period * self.num_periods + self.remainder
+
+  def score_scale(self, block: BlockConfig) -> float:
+    """What `q k^T` of a block is multiplied by."""
+    return (self.head_dim if self.query_scalar is None else self.query_scalar) ** -0.5
 
   def to_dict(self) -> dict:
     """JSON-able; `from_dict` undoes it."""
@@ -136,7 +151,10 @@ class ModelConfig:
 def _block(where: str, fields: dict) -> BlockConfig:
   fields = _checked(f'block of {where}', dict(fields), BlockConfig)
   if fields['rope_scaling'] is not None:
-    fields['rope_scaling'] = RopeScaling(**_checked('rope_scaling', dict(fields['rope_scaling']), RopeScaling))
+    scaling = dict(fields['rope_scaling'])
+    _one_of('rope_scaling kind', scaling.get('kind'), tuple(SCALINGS))
+    cls = SCALINGS[scaling['kind']]
+    fields['rope_scaling'] = cls(**_checked('rope_scaling', scaling, cls))
   return BlockConfig(**fields)
 
 

@@ -1,11 +1,9 @@
 """Models in and out of Hugging Face folders: `config.json` and safetensors, one file or several.
 
-The file has one tensor per layer, `[out, in]`; the tree of `transformer` has kernels `[in, out]` with the
-heads as an axis of their own, stacked over the period. Rotary pairs are half-split in both, so no row moves.
+Names and the values of tensors are in `hf_names`, the settings in `hf_config`.
 
 1. A sequence-classification model with one label is the scalar head. The file's head has no bias; ours is 0
    there, and one that training moved is written as `score.bias`, which other software does not read.
-2. The padding rows of the vocabulary (`vocab_multiple`) stay out of the file.
 """
 
 import contextlib
@@ -22,36 +20,11 @@ import safetensors
 import safetensors.numpy
 
 from spct_jax import sharding
-from spct_jax.models import hf_config
+from spct_jax.models import hf_config, hf_names
 from spct_jax.models.config import ModelConfig
 from spct_jax.models.transformer import Transformer
 
 SHARD_BYTES = 5 * 10**9  # one file up to this size, as other writers do
-
-# Leaf of a block -> (tensor of a layer, how many of our axes the tensor's input axis stands for).
-BLOCK = {
-    'attn_norm/scale': ('input_layernorm.weight', 0),
-    'q/kernel': ('self_attn.q_proj.weight', 1),
-    'q/bias': ('self_attn.q_proj.bias', 0),
-    'k/kernel': ('self_attn.k_proj.weight', 1),
-    'k/bias': ('self_attn.k_proj.bias', 0),
-    'v/kernel': ('self_attn.v_proj.weight', 1),
-    'v/bias': ('self_attn.v_proj.bias', 0),
-    'q_norm/scale': ('self_attn.q_norm.weight', 0),
-    'k_norm/scale': ('self_attn.k_norm.weight', 0),
-    'o/kernel': ('self_attn.o_proj.weight', 2),
-    'mlp_norm/scale': ('post_attention_layernorm.weight', 0),
-    'gate/kernel': ('mlp.gate_proj.weight', 1),
-    'up/kernel': ('mlp.up_proj.weight', 1),
-    'down/kernel': ('mlp.down_proj.weight', 1),
-}
-ENDS = {
-    'embed/table': ('model.embed_tokens.weight', 0),
-    'final_norm/scale': ('model.norm.weight', 0),
-    'unembed/kernel': ('lm_head.weight', 1),
-    'reward/kernel': ('score.weight', 1),
-    'reward/bias': ('score.bias', 0),
-}
 
 
 def read_config(folder: str | os.PathLike, dtype: str = 'float32') -> ModelConfig:
@@ -97,15 +70,15 @@ def load(
     _check(folder, settings, abstract, tensors)
 
     def fill(path, leaf, place):
-      names, axes = _tensors_of(settings, path)
+      names, axes = hf_names.tensors_of(settings, path)
 
       def piece(index):
         if path == 'reward/bias' and names not in tensors:
           return np.zeros(leaf.shape, dtype)[index]
         if isinstance(names, str):
-          return _ours(tensors[names].get_tensor(names), leaf.shape, axes, dtype)[index]
+          return hf_names.ours(tensors[names].get_tensor(names), leaf.shape, axes, dtype)[index]
         layers = (tensors[name].get_tensor(name) for name in names[index[0]])
-        return np.stack([_ours(t, leaf.shape[1:], axes, dtype)[index[1:]] for t in layers])
+        return np.stack([hf_names.ours(t, leaf.shape[1:], axes, dtype)[index[1:]] for t in layers])
 
       # The gates of `sharding` take whole host arrays; here the file is the host array.
       return jax.make_array_from_callback(leaf.shape, place, piece)
@@ -138,7 +111,7 @@ def save(folder: str | os.PathLike, model: Transformer, params: dict, tokenizer:
     file = f'model{count}.safetensors'
     values = {}
     for name, path, i in shard:
-      values[name] = _theirs(settings, path, sharding.to_host(_leaf(params, path, i)))
+      values[name] = hf_names.theirs(settings, path, sharding.to_host(_leaf(params, path, i)))
       where[name], total = file, total + values[name].nbytes
     if writer:
       safetensors.numpy.save_file(values, folder / file, metadata={'format': 'pt'})
@@ -154,27 +127,14 @@ def save(folder: str | os.PathLike, model: Transformer, params: dict, tokenizer:
   os.replace(partial, folder / 'config.json')
 
 
-# --- names
-
-
-def _tensors_of(config, path):
-  """(name, axes) of a leaf, or (names, axes) with one name per period of a stacked leaf."""
-  if path in ENDS:
-    return ENDS[path]
-  group, j, leaf = path.split('/', 2)
-  name, axes = BLOCK[leaf]
-  first, period = len(config.head), len(config.period)
-  start = {'head': 0, 'period': first, 'remainder': first + period * config.num_periods}[group] + int(j)
-  if group != 'period':
-    return f'model.layers.{start}.{name}', axes
-  return [f'model.layers.{start + i * period}.{name}' for i in range(config.num_periods)], axes
+# --- tensors
 
 
 def _plan(config, params):
   """Which tensors go into which file: lists of (name, path, period index or None)."""
   shards, room = [[]], SHARD_BYTES
   for path, leaf in sharding.leaf_paths(params):
-    names, _ = _tensors_of(config, path)
+    names, _ = hf_names.tensors_of(config, path)
     # A head that was never given a bias has none in the file either.
     if path == 'reward/bias' and not np.any(sharding.to_host(leaf)):
       continue
@@ -194,33 +154,6 @@ def _leaf(params, path, i):
   for key in path.split('/'):
     params = params[key]
   return params if i is None else params[i]
-
-
-# --- values
-
-
-def _ours(value, shape, axes, dtype):
-  """A tensor of the file as a leaf of `shape`; the vocabulary padded with zeros."""
-  value = value if axes == 0 else value.T
-  if value.size < np.prod(shape):
-    value = np.pad(value, [(0, want - got) for want, got in zip(shape, value.shape)])
-  return np.ascontiguousarray(value.reshape(shape)).astype(dtype)
-
-
-def _theirs(config, path, value):
-  """A leaf (of one layer) as the tensor of the file."""
-  if path == 'embed/table':
-    value = value[: config.vocab_size]
-  if path == 'unembed/kernel':
-    value = value[:, : config.vocab_size]
-  _, axes = _tensors_of(config, path)
-  if axes == 0:
-    return np.ascontiguousarray(value if path == 'embed/table' else value.reshape(-1))
-  return np.ascontiguousarray(value.reshape(int(np.prod(value.shape[:axes])), -1).T)
-
-
-def _file_shape(config, path, shape):
-  return _theirs(config, path, np.broadcast_to(np.zeros((), np.int8), shape)).shape
 
 
 # --- files
@@ -257,11 +190,11 @@ def _check(folder, config, abstract, tensors):
   """Every tensor has a place and every place a tensor of the right shape."""
   wanted = {}
   for path, leaf in sharding.leaf_paths(abstract):
-    names, _ = _tensors_of(config, path)
+    names, _ = hf_names.tensors_of(config, path)
     if isinstance(names, str):
-      wanted[names] = _file_shape(config, path, leaf.shape)
+      wanted[names] = hf_names.file_shape(config, path, leaf.shape)
     else:
-      wanted |= {name: _file_shape(config, path, leaf.shape[1:]) for name in names}
+      wanted |= {name: hf_names.file_shape(config, path, leaf.shape[1:]) for name in names}
   missing = sorted(set(wanted) - set(tensors) - {'score.bias'})
   # Files of tied models may repeat the table, and old ones carry the rotary frequencies.
   spare = {'lm_head.weight'} if config.tied else set()

@@ -1,25 +1,120 @@
-"""Between a Hugging Face `config.json` and a `ModelConfig`, for the families that are this decoder.
+"""Between a Hugging Face `config.json` and a `ModelConfig`: one row of FAMILIES for each `model_type`.
 
-| model_type | bias on q, k, v | norm on q, k | windows |
-|---|---|---|---|
-| llama   | no  | no  | none |
-| mistral | no  | no  | one for all layers |
-| qwen2   | yes | no  | per layer |
-| qwen3   | no  | yes | per layer |
+A row names the classes, says which choices of the decoder the family makes and which fields of the file hold
+the others. What `transformers` reads from a file is the measure, its defaults for absent fields included; fields
+that it does not read for a family mean nothing here either.
 
 A setting that this decoder does not compute is an error, never ignored: a model that loads and is
-slightly wrong is the worst outcome.
+slightly wrong is the worst outcome. `write` reads back what it wrote and compares.
 """
 
+import dataclasses
 from typing import Any
 
-from spct_jax.models.config import BlockConfig, ModelConfig, RopeScaling
-
-CLASSES = {'llama': 'Llama', 'mistral': 'Mistral', 'qwen2': 'Qwen2', 'qwen3': 'Qwen3'}
-HEADS = {'ForCausalLM': 'lm', 'ForSequenceClassification': 'scalar'}
+from spct_jax.models.config import BlockConfig, ModelConfig
+from spct_jax.models.rope import LinearScaling, Llama3Scaling, RopeScaling, YarnScaling
 
 # Rotary models have no length of their own, but the file must state one; servers take it as their limit.
 MAX_POSITIONS = 32768
+
+# Their names of our activations; the first of each is the one that is written.
+ACTIVATIONS = {
+    'silu': 'silu', 'swish': 'silu', 'gelu_pytorch_tanh': 'gelu_tanh', 'gelu_new': 'gelu_tanh', 'gelu': 'gelu',
+    'relu': 'relu',
+}
+FULL, SLIDING = 'full_attention', 'sliding_attention'
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+  """A row of FAMILIES.
+
+  heads: class name -> kind of head.
+  fixed: fields of ModelConfig that every model of the family has.
+  fields: field of the file -> (field of ModelConfig, its value where the file has none).
+  absent: other fields' values where the file has none (a null in the file may mean something else).
+  attention_bias: 'qkv' always on q, k and v; 'file' on q, k, v and o if the file says so; 'none' never.
+  activation: the field that names it, and its value where the file has none.
+  windows: a key of WINDOWS. rope: a key of ROPES.
+  divides: `transformers` refuses a width that is no multiple of the number of heads.
+  """
+
+  heads: dict[str, str]
+  absent: dict[str, Any]
+  fixed: dict[str, Any] = dataclasses.field(default_factory=dict)
+  fields: dict[str, tuple[str, Any]] = dataclasses.field(default_factory=dict)
+  attention_bias: str = 'none'
+  activation: tuple[str, str] = ('hidden_act', 'silu')
+  windows: str = 'none'
+  rope: str = 'one'
+  divides: bool = False
+
+
+def _heads(causal, scalar=None):
+  return {causal + 'ForCausalLM': 'lm', (scalar or causal) + 'ForSequenceClassification': 'scalar'}
+
+
+_GEMMA = dict(norm_plus_one=True, post_norms=True, embed_scaled=True)
+_GEMMA_ABSENT = dict(num_key_value_heads=4, head_dim=256, sliding_window=4096, tie_word_embeddings=True)
+FAMILIES = {
+    'llama': Family(
+        _heads('Llama'),
+        absent=dict(max_position_embeddings=2048),
+        fields={'mlp_bias': ('mlp_bias', False)},
+        attention_bias='file',
+        divides=True,
+    ),
+    'mistral': Family(
+        _heads('Mistral'),
+        absent=dict(num_key_value_heads=8, max_position_embeddings=131072, sliding_window=4096),
+        windows='same',
+    ),
+    'qwen2': Family(
+        _heads('Qwen2'),
+        absent=dict(num_key_value_heads=32, max_position_embeddings=32768, sliding_window=4096),
+        attention_bias='qkv',
+        windows='switched',
+    ),
+    'qwen3': Family(
+        _heads('Qwen3'),
+        absent=dict(num_key_value_heads=32, head_dim=128, max_position_embeddings=32768, sliding_window=4096),
+        fixed=dict(qk_norm=True),
+        attention_bias='file',
+        windows='switched',
+    ),
+    'gemma2': Family(
+        _heads('Gemma2'),
+        absent=dict(**_GEMMA_ABSENT, max_position_embeddings=8192),
+        fixed=_GEMMA,
+        fields={
+            'query_pre_attn_scalar': ('query_scalar', 256),
+            'attn_logit_softcapping': ('attn_softcap', 50.0),
+            'final_logit_softcapping': ('logit_softcap', 30.0),
+        },
+        attention_bias='file',
+        activation=('hidden_activation', 'gelu_pytorch_tanh'),
+        windows='alternating',
+        divides=True,
+    ),
+    'gemma3_text': Family(
+        # `transformers` has a field attn_logit_softcapping for it too, but computes no such cap.
+        _heads('Gemma3', 'Gemma3Text'),
+        absent=dict(**_GEMMA_ABSENT, max_position_embeddings=131072, sliding_window_pattern=6),
+        fixed=dict(**_GEMMA, qk_norm=True),
+        fields={
+            'query_pre_attn_scalar': ('query_scalar', 256),
+            'final_logit_softcapping': ('logit_softcap', None),
+        },
+        attention_bias='file',
+        activation=('hidden_activation', 'gelu_pytorch_tanh'),
+        windows='pattern',
+        rope='by type',
+        divides=True,
+    ),
+}
+
+
+# --- reading
 
 
 def read(where: str, fields: dict[str, Any], *, dtype: str = 'float32') -> ModelConfig:
@@ -27,81 +122,46 @@ def read(where: str, fields: dict[str, Any], *, dtype: str = 'float32') -> Model
 
   What the file leaves out has the default that `transformers` gives it.
   """
-  family, head_kind = _architecture(where, fields)
-  for name in ('vocab_size', 'hidden_size', 'num_attention_heads', 'intermediate_size', 'num_hidden_layers'):
-    if name not in fields:
-      raise ValueError(f'{where}: the field {name!r} is missing; it is no complete model configuration')
-  _require(where, fields, 'hidden_act', 'silu', 'silu')
-  _require(where, fields, 'mlp_bias', False, False)
-  _require(where, fields, 'attention_bias', family == 'qwen2', family == 'qwen2')
+  name, head_kind = _architecture(where, fields)
+  family = FAMILIES[name]
+  for field in ('vocab_size', 'hidden_size', 'num_attention_heads', 'intermediate_size', 'num_hidden_layers'):
+    if field not in fields:
+      raise ValueError(f'{where}: the field {field!r} is missing; it is no complete model configuration')
+    if type(fields[field]) is not int or fields[field] < 1:
+      raise ValueError(f'{where}: {field} is {fields[field]!r}; needs a positive integer')
+  fields = family.absent | fields
+  _require(where, fields, 'use_bidirectional_attention', False)
   if head_kind == 'scalar':
-    _require(where, {'num_labels': _num_labels(fields)}, 'num_labels', 2, 1)
+    _require(where, {'num_labels': _num_labels(fields)}, 'num_labels', 1)
   heads, width = fields['num_attention_heads'], fields['hidden_size']
-  theta, scaling = _rope(where, fields)
-  blocks = tuple(BlockConfig(window, theta, scaling) for window in _windows(where, family, fields))
-  head, period, num_periods, remainder = group(blocks)
-  return ModelConfig(
-      vocab_size=fields['vocab_size'],
-      width=width,
-      heads=heads,
-      kv_heads=_given(fields, 'num_key_value_heads', heads),
-      head_dim=_given(fields, 'head_dim', 128 if family == 'qwen3' else width // heads),
-      ffn=fields['intermediate_size'],
-      head=head,
-      period=period,
-      num_periods=num_periods,
-      remainder=remainder,
-      tied=_given(fields, 'tie_word_embeddings', False),
-      norm_eps=_given(fields, 'rms_norm_eps', 1e-6),
-      qkv_bias=family == 'qwen2',
-      qk_norm=family == 'qwen3',
-      head_kind=head_kind,
-      dtype=dtype,
-      param_dtype=dtype,
-  )
-
-
-def write(config: ModelConfig) -> dict[str, Any]:
-  """The `config.json` of a decoder, or a ValueError if no family computes the same."""
-  family = _family(config)
-  windows = [block.window for block in config.layers]
-  block = config.layers[0]
-  fields = {
-      'architectures': [CLASSES[family] + next(k for k, v in HEADS.items() if v == config.head_kind)],
-      'model_type': family,
-      'vocab_size': config.vocab_size,
-      'hidden_size': config.width,
-      'num_attention_heads': config.heads,
-      'num_key_value_heads': config.kv_heads,
-      'head_dim': config.head_dim,
-      'intermediate_size': config.ffn,
-      'num_hidden_layers': config.num_layers,
-      'tie_word_embeddings': config.tied,
-      'rms_norm_eps': config.norm_eps,
-      'hidden_act': 'silu',
-      'rope_theta': block.rope_theta,
-      'max_position_embeddings': MAX_POSITIONS,
-      'torch_dtype': config.param_dtype,
-  }
-  if block.rope_scaling is not None:
-    s = block.rope_scaling
-    fields['rope_scaling'] = {
-        'rope_type': 'llama3', 'factor': s.factor, 'low_freq_factor': s.low, 'high_freq_factor': s.high,
-        'original_max_position_embeddings': s.original_length,
-    }
-    fields['max_position_embeddings'] = int(s.original_length * s.factor)
-  if family == 'mistral':
-    fields['sliding_window'] = windows[0]
-  if family in ('qwen2', 'qwen3'):
-    sliding = max((w for w in windows if w is not None), default=None)
-    fields |= {
-        'use_sliding_window': sliding is not None,
-        'sliding_window': sliding,
-        'layer_types': ['full_attention' if w is None else 'sliding_attention' for w in windows],
-    }
-  if config.head_kind == 'scalar':
-    fields |= {'num_labels': 1, 'id2label': {'0': 'LABEL_0'}, 'label2id': {'LABEL_0': 0}}
-  return fields
+  bias = family.attention_bias == 'qkv' or family.attention_bias == 'file' and _given(fields, 'attention_bias', False)
+  head, period, num_periods, remainder = group(_blocks(where, family, fields))
+  try:
+    return ModelConfig(
+        vocab_size=fields['vocab_size'],
+        width=width,
+        heads=heads,
+        kv_heads=_given(fields, 'num_key_value_heads', heads),
+        head_dim=_given(fields, 'head_dim', family.absent.get('head_dim', width // heads)),
+        ffn=fields['intermediate_size'],
+        head=head,
+        period=period,
+        num_periods=num_periods,
+        remainder=remainder,
+        tied=_given(fields, 'tie_word_embeddings', False),
+        norm_eps=_given(fields, 'rms_norm_eps', 1e-6),
+        qkv_bias=bias,
+        o_bias=bias and family.attention_bias == 'file',
+        activation=_activation(where, family, fields),
+        head_kind=head_kind,
+        dtype=dtype,
+        param_dtype=dtype,
+        family=name,
+        **family.fixed,
+        **{ours: fields.get(field, default) for field, (ours, default) in family.fields.items()},
+    )
+  except (ValueError, TypeError) as error:
+    raise ValueError(f'{where}: {error}') from None
 
 
 def group(blocks: tuple[BlockConfig, ...]):
@@ -123,45 +183,40 @@ def group(blocks: tuple[BlockConfig, ...]):
 
 
 def _architecture(where, fields):
-  known = [cls + head for cls in CLASSES.values() for head in HEADS]
-  names = fields.get('architectures') or [CLASSES.get(fields.get('model_type'), '?') + 'ForCausalLM']
-  for family, cls in CLASSES.items():
-    for suffix, head_kind in HEADS.items():
-      if names[0] == cls + suffix:
-        return family, head_kind
+  """(model_type, kind of head)."""
+  names, model_type = fields.get('architectures'), fields.get('model_type')
+  if not names:
+    names = [cls for name, family in FAMILIES.items() if name == model_type for cls in family.heads][:1]
+  for name, family in FAMILIES.items():
+    if names and names[0] in family.heads and model_type in (None, name):
+      return name, family.heads[names[0]]
+  known = (f'{name} ({", ".join(family.heads)})' for name, family in FAMILIES.items())
   raise ValueError(
-      f'{where}: unsupported architecture {names[0]!r} (model_type {fields.get("model_type")!r}); supported are '
+      f'{where}: unsupported architecture {names[0] if names else None!r} (model_type {model_type!r}); supported are '
       + ', '.join(known)
   )
 
 
-def _family(config):
-  windows = {block.window for block in config.layers}
-  kinds = {(block.rope_theta, block.rope_scaling) for block in config.layers}
-  sizes = windows - {None}
-  plain = not config.qkv_bias and not config.qk_norm
-  if len(kinds) > 1:
-    problem = 'its blocks have different rotary embeddings'
-  elif config.qkv_bias and config.qk_norm:
-    problem = 'it has both qkv_bias (qwen2) and qk_norm (qwen3)'
-  elif len(sizes) > 1:
-    problem = f'its blocks have windows of several sizes, {sorted(sizes)}'
-  elif plain and len(windows) > 1:
-    problem = 'it mixes local and global attention, which needs qkv_bias (qwen2) or qk_norm (qwen3)'
-  else:
-    return 'qwen2' if config.qkv_bias else 'qwen3' if config.qk_norm else 'mistral' if sizes else 'llama'
-  raise ValueError(
-      f'this decoder has no Hugging Face twin: {problem}; families are {", ".join(CLASSES)}. Keep it in its '
-      'checkpoint format, or choose a configuration of one family'
-  )
+def _blocks(where, family, fields):
+  windows = WINDOWS[family.windows](where, fields)
+  ropes = ROPES[family.rope](where, fields)
+  return tuple(BlockConfig(window, *ropes[FULL if window is None else SLIDING]) for window in windows)
+
+
+def _activation(where, family, fields):
+  name, default = family.activation
+  got = _given(fields, name, default)
+  if got not in ACTIVATIONS:
+    raise ValueError(f'{where}: {name} is {got!r}; this decoder computes {", ".join(ACTIVATIONS)}')
+  return ACTIVATIONS[got]
 
 
 def _given(fields, name, default):
   return default if fields.get(name) is None else fields[name]
 
 
-def _require(where, fields, name, default, allowed):
-  got = _given(fields, name, default)
+def _require(where, fields, name, allowed):
+  got = _given(fields, name, allowed)
   if got != allowed:
     raise ValueError(f'{where}: {name} is {got!r}; this decoder computes {name}={allowed!r} only')
 
@@ -170,46 +225,245 @@ def _num_labels(fields):
   return len(fields['id2label']) if fields.get('id2label') else _given(fields, 'num_labels', 2)
 
 
-def _rope(where, fields):
-  """(theta, scaling) from `rope_parameters` or from the older `rope_theta` and `rope_scaling`."""
-  found = {'rope_theta': fields.get('rope_theta')} | (fields.get('rope_scaling') or {})
-  found |= fields.get('rope_parameters') or {}
-  nested = sorted(name for name, value in found.items() if isinstance(value, dict))
-  if nested:
-    raise ValueError(
-        f'{where}: rope_parameters differ by layer type ({", ".join(nested)}); supported is one setting for all layers'
-    )
-  theta = _given(found, 'rope_theta', 10000.0)
-  kind = _given(found, 'rope_type', _given(found, 'type', 'default'))
-  _require(where, {**fields, **found}, 'partial_rotary_factor', 1.0, 1.0)
-  if kind == 'default':
-    return theta, None
-  if kind != 'llama3':
-    raise ValueError(f'{where}: rotary scaling {kind!r} is not supported; supported are default and llama3')
-  names = ('factor', 'low_freq_factor', 'high_freq_factor', 'original_max_position_embeddings')
-  missing = [name for name in names if name not in found]
-  if missing:
-    raise ValueError(f'{where}: rotary scaling llama3 lacks {", ".join(missing)}')
-  return theta, RopeScaling(*(found[name] for name in names))
+# --- windows: one per layer, None = global
 
 
-def _windows(where, family, fields):
-  # An absent key is transformers' default, 4096; a null one is global attention.
-  layers, window = fields['num_hidden_layers'], fields.get('sliding_window', 4096)
-  if family == 'llama':
-    return [None] * layers
-  if family == 'mistral':
-    return [window] * layers
-  if not _given(fields, 'use_sliding_window', False):
-    return [None] * layers
-  types = fields.get('layer_types')
-  if types is None:
-    full = _given(fields, 'max_window_layers', 28)
-    types = ['full_attention' if i < full else 'sliding_attention' for i in range(layers)]
-  unknown = sorted(set(types) - {'full_attention', 'sliding_attention'})
+def _no_windows(where, fields):
+  return [None] * fields['num_hidden_layers']
+
+
+def _same_windows(where, fields):
+  return [fields['sliding_window']] * fields['num_hidden_layers']
+
+
+def _switched_windows(where, fields):
+  """Qwen: a switch, and without types local layers from `max_window_layers` on."""
+  window = fields['sliding_window'] if _given(fields, 'use_sliding_window', False) else None
+  full = fields['num_hidden_layers'] if window is None else _given(fields, 'max_window_layers', 28)
+  types = [FULL if i < full else SLIDING for i in range(fields['num_hidden_layers'])]
+  return _windows_of_types(where, fields, types, window)
+
+
+def _alternating_windows(where, fields):
+  """Gemma 2: without types, every second layer is global."""
+  return _pattern_windows(where, fields | {'sliding_window_pattern': 2})
+
+
+def _pattern_windows(where, fields):
+  """Gemma 3: without types, every `sliding_window_pattern`-th layer is global."""
+  every = fields['sliding_window_pattern']
+  types = [SLIDING if (i + 1) % every else FULL for i in range(fields['num_hidden_layers'])]
+  return _windows_of_types(where, fields, types, fields['sliding_window'])
+
+
+def _windows_of_types(where, fields, default, window):
+  types, layers = _given(fields, 'layer_types', default), fields['num_hidden_layers']
+  unknown = sorted(set(types) - {FULL, SLIDING})
   if unknown or len(types) != layers:
     raise ValueError(
         f'{where}: layer_types has {len(types)} entries for {layers} layers, unknown kinds {unknown}; the kinds '
-        'are full_attention and sliding_attention'
+        f'are {FULL} and {SLIDING}'
     )
-  return [window if kind == 'sliding_attention' else None for kind in types]
+  if window is None and SLIDING in types:
+    raise ValueError(
+        f'{where}: layer_types has {SLIDING} layers, but sliding_window is off; give both (and use_sliding_window '
+        'where the family has it) or neither'
+    )
+  return [window if kind == SLIDING else None for kind in types]
+
+
+WINDOWS = {
+    'none': _no_windows, 'same': _same_windows, 'switched': _switched_windows, 'alternating': _alternating_windows,
+    'pattern': _pattern_windows,
+}
+
+
+# --- rotary embeddings: {kind of layer: (theta, scaling)}
+
+
+def _one_rope(where, fields):
+  found = fields.get('rope_scaling') or fields.get('rope_parameters') or {}
+  nested = sorted(name for name, value in found.items() if isinstance(value, dict))
+  if nested:
+    raise ValueError(
+        f'{where}: rope_parameters differ by layer type ({", ".join(nested)}); this family has one setting for all '
+        'layers'
+    )
+  theta = _given(found, 'rope_theta', _given(fields, 'rope_theta', 10000.0))
+  # Where a file has the original length outside too, that one counts.
+  original = fields.get('original_max_position_embeddings')
+  if original is not None:
+    found = found | {'original_max_position_embeddings': original}
+  rope = theta, _scaling(where, fields, found, found.get('truncate', True))
+  return {FULL: rope, SLIDING: rope}
+
+
+def _ropes_by_type(where, fields):
+  """Gemma 3: nested by layer type, or older: scaling and `rope_theta` global, `rope_local_base_freq` local."""
+  found = fields.get('rope_parameters') or {}
+  full = (found.get(FULL) or {}) | (fields.get('rope_scaling') or {})
+  local = found.get(SLIDING) or {}
+  out = {}
+  for kind, inner, outer, default in (
+      (FULL, full, 'rope_theta', 1000000.0), (SLIDING, local, 'rope_local_base_freq', 10000.0)
+  ):
+    # `transformers` looks for `truncate` beside the layer types, not in them.
+    scaling = _scaling(where, fields, inner, found.get('truncate', True))
+    out[kind] = _given(inner, 'rope_theta', _given(fields, outer, default)), scaling
+  return out
+
+
+ROPES = {'one': _one_rope, 'by type': _ropes_by_type}
+
+
+def _scaling(where, fields, found, truncate) -> RopeScaling | None:
+  kind = _given(found, 'rope_type', _given(found, 'type', 'default'))
+  _require(where, {**fields, **found}, 'partial_rotary_factor', 1.0)
+  need = {
+      'default': (), 'linear': ('factor',), 'llama3': ('factor', 'low_freq_factor', 'high_freq_factor'),
+      'yarn': (),
+  }
+  if kind not in need:
+    raise ValueError(f'{where}: rotary scaling {kind!r} is not supported; supported are {", ".join(need)}')
+  missing = [name for name in need[kind] if found.get(name) is None]
+  if missing:
+    raise ValueError(f'{where}: rotary scaling {kind} lacks {", ".join(missing)}')
+  original = _given(found, 'original_max_position_embeddings', fields['max_position_embeddings'])
+  try:
+    if kind == 'linear':
+      return LinearScaling(found['factor'])
+    if kind == 'llama3':
+      return Llama3Scaling(found['factor'], found['low_freq_factor'], found['high_freq_factor'], original)
+    if kind == 'yarn':
+      return YarnScaling(
+          factor=_given(found, 'factor', fields['max_position_embeddings'] / original),
+          original_length=original,
+          beta_fast=found.get('beta_fast') or 32,
+          beta_slow=found.get('beta_slow') or 1,
+          attention_factor=found.get('attention_factor'),
+          mscale=found.get('mscale'),
+          mscale_all_dim=found.get('mscale_all_dim'),
+          truncate=bool(truncate),
+      )
+  except (ValueError, TypeError) as error:
+    raise ValueError(f'{where}: {error}') from None
+  return None
+
+
+# --- writing
+
+
+def write(config: ModelConfig) -> dict[str, Any]:
+  """The `config.json` of a decoder, or a ValueError if no family computes the same."""
+  problems = {}
+  for name in sorted(FAMILIES, key=lambda name: name != config.family):
+    fields = _fields(name, config)
+    problems[name] = _differences(name, fields, config)
+    if not problems[name]:
+      return fields
+  shown = '; '.join(f'{name} differs in {", ".join(differ)}' for name, differ in problems.items())
+  raise ValueError(
+      f'this decoder has no Hugging Face twin: {shown}. Keep it in its checkpoint format, or choose a configuration '
+      'of one family'
+  )
+
+
+def _differences(name, fields, config):
+  """Fields of ModelConfig in which the written file, read back, is another decoder."""
+  if FAMILIES[name].divides and config.width % config.heads:
+    return ['width (no multiple of heads)']
+  try:
+    again = _meaning(read('config.json', fields))
+  except ValueError as error:
+    return [f'settings ({error})']
+  wanted = _meaning(config)
+  return [field for field in wanted if wanted[field] != again[field]]
+
+
+def _meaning(config):
+  """What the decoder computes: its fields without how layers are grouped, padded, stored and named."""
+  free = ('head', 'period', 'num_periods', 'remainder', 'vocab_multiple', 'dtype', 'param_dtype', 'remat', 'family')
+  out = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in free}
+  out['query_scalar'] = config.head_dim if config.query_scalar is None else config.query_scalar
+  for name in ('window', 'rope_theta', 'rope_scaling'):
+    out[f'layers with their {name}'] = [getattr(block, name) for block in config.layers]
+  return out
+
+
+def _fields(name, config):
+  """The file of this family that is closest to the decoder."""
+  family = FAMILIES[name]
+  windows = [block.window for block in config.layers]
+  fields = {
+      'architectures': [next(cls for cls, kind in family.heads.items() if kind == config.head_kind)],
+      'model_type': name,
+      'vocab_size': config.vocab_size,
+      'hidden_size': config.width,
+      'num_attention_heads': config.heads,
+      'num_key_value_heads': config.kv_heads,
+      'head_dim': config.head_dim,
+      'intermediate_size': config.ffn,
+      'num_hidden_layers': config.num_layers,
+      'tie_word_embeddings': config.tied,
+      'rms_norm_eps': config.norm_eps,
+      family.activation[0]: next(theirs for theirs, ours in ACTIVATIONS.items() if ours == config.activation),
+      'max_position_embeddings': MAX_POSITIONS,
+      'torch_dtype': config.param_dtype,
+  }
+  for theirs, (ours, _) in family.fields.items():
+    fields[theirs] = getattr(config, ours)
+  if 'query_pre_attn_scalar' in fields:  # never null there, and an integer
+    fields['query_pre_attn_scalar'] = int(config.query_scalar or config.head_dim)
+  if family.attention_bias == 'file':
+    fields['attention_bias'] = config.qkv_bias
+  sliding = next((window for window in windows if window is not None), None)
+  if family.windows == 'same':
+    fields['sliding_window'] = sliding
+  if family.windows == 'switched':
+    fields |= {'use_sliding_window': sliding is not None, 'sliding_window': sliding}
+  if family.windows in ('alternating', 'pattern'):
+    # `transformers` makes the local mask even where no layer uses it, so there is always a window.
+    fields |= {'sliding_window': family.absent['sliding_window'] if sliding is None else sliding}
+  if family.windows in ('switched', 'alternating', 'pattern'):
+    fields['layer_types'] = [FULL if window is None else SLIDING for window in windows]
+  if config.head_kind == 'scalar':
+    fields |= {'num_labels': 1, 'id2label': {'0': 'LABEL_0'}, 'label2id': {'LABEL_0': 0}}
+  return fields | _rope_fields(family, config)
+
+
+def _rope_fields(family, config):
+  """In the older spelling, which older software reads too, wherever that can say it."""
+  full = next((b for b in config.layers if b.window is None), config.layers[0])
+  local = next((b for b in config.layers if b.window is not None), config.layers[0])
+  fields = {'rope_theta': full.rope_theta}
+  scaling = full.rope_scaling
+  if scaling is not None:
+    fields['rope_scaling'] = _scaling_fields(scaling)
+    if scaling.kind != 'linear':
+      fields['max_position_embeddings'] = round(scaling.original_length * scaling.factor)
+  if family.rope == 'by type':
+    fields['rope_local_base_freq'] = local.rope_theta
+    truncate = all(getattr(block.rope_scaling, 'truncate', True) for block in config.layers)
+    if local.rope_scaling is not None or not truncate:
+      kinds = {
+          kind: {'rope_theta': block.rope_theta, **_scaling_fields(block.rope_scaling)}
+          for kind, block in ((FULL, full), (SLIDING, local))
+      }
+      fields = {**fields, 'rope_parameters': kinds if truncate else {**kinds, 'truncate': False}}
+      fields.pop('rope_scaling', None)
+  return fields
+
+
+def _scaling_fields(scaling):
+  if scaling is None:
+    return {'rope_type': 'default'}
+  fields = {'rope_type': scaling.kind, 'factor': scaling.factor}
+  if scaling.kind == 'llama3':
+    fields |= {'low_freq_factor': scaling.low, 'high_freq_factor': scaling.high}
+  if scaling.kind == 'yarn':
+    fields |= {'beta_fast': scaling.beta_fast, 'beta_slow': scaling.beta_slow, 'truncate': scaling.truncate}
+    optional = ('attention_factor', 'mscale', 'mscale_all_dim')
+    fields |= {name: getattr(scaling, name) for name in optional if getattr(scaling, name) is not None}
+  if scaling.kind != 'linear':
+    fields['original_max_position_embeddings'] = scaling.original_length
+  return fields

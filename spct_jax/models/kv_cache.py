@@ -1,8 +1,10 @@
 """Keys and values of every layer, laid out like the layers, as an explicit pytree.
 
-    {'head': {'0': {'k': [B,M,S,hd], 'v': [B,M,S,hd]}, ...},
-     'period': {'0': {'k': [num_periods,B,M,S,hd], 'v': ...}, ...},
+    {'head': {'0': {'k': [B,M,S,hk], 'v': [B,M,S,hv]}, ...},
+     'period': {'0': {'k': [num_periods,B,M,S,hk], 'v': ...}, ...},
      'remainder': {...}}                                    groups without a block are absent
+
+M heads, hk and hv numbers a key and a value: `shapes`, the one place that knows.
 
 Heads stand before positions, so that a head's keys lie side by side and a step of decoding is a plain
 batched product of matrices; the other way round it copies the cache to turn it, three times as slow on a CPU.
@@ -36,16 +38,23 @@ class LayerRef:
   config: BlockConfig
 
 
+def shapes(config: ModelConfig) -> tuple[int, int, int]:
+  """(heads, key dimension, value dimension) of what a layer stores of a token."""
+  return config.kv_heads, config.head_dim, config.head_dim
+
+
 def init(config: ModelConfig, batch: int, length: int, dtype=None) -> dict:
   """Zeros for `batch` rows of `length` tokens; `dtype` None is the compute dtype of the model."""
   dtype = jnp.dtype(config.dtype if dtype is None else dtype)
-  shape = (batch, config.kv_heads, length, config.head_dim)
+  heads, k_dim, v_dim = shapes(config)
   layers = {}
   for group, stack in (('head', ()), ('period', (config.num_periods,)), ('remainder', ())):
     blocks = getattr(config, group)
     if blocks:
       layers[group] = {
-          str(j): {'k': jnp.zeros(stack + shape, dtype), 'v': jnp.zeros(stack + shape, dtype)}
+          str(j): {
+              name: jnp.zeros((*stack, batch, heads, length, dim), dtype) for name, dim in (('k', k_dim), ('v', v_dim))
+          }
           for j in range(len(blocks))
       }
   return layers
@@ -60,7 +69,7 @@ def start(config: ModelConfig, batch: int, length: int, dtype=None) -> dict:
   }
 
 
-def read(cache: dict, ref: LayerRef) -> tuple[Float[Array, 'B M S hd'], Float[Array, 'B M S hd']]:
+def read(cache: dict, ref: LayerRef) -> tuple[Float[Array, 'B M S hk'], Float[Array, 'B M S hv']]:
   """The keys and values of one layer."""
   layer = cache[ref.group][str(ref.j)]
   if ref.i is None:
@@ -68,7 +77,7 @@ def read(cache: dict, ref: LayerRef) -> tuple[Float[Array, 'B M S hd'], Float[Ar
   return tuple(jax.lax.dynamic_index_in_dim(layer[name], ref.i, axis=0, keepdims=False) for name in ('k', 'v'))
 
 
-def write(cache: dict, ref: LayerRef, k: Float[Array, 'B T M hd'], v: Float[Array, 'B T M hd'], index) -> dict:
+def write(cache: dict, ref: LayerRef, k: Float[Array, 'B T M hk'], v: Float[Array, 'B T M hv'], index) -> dict:
   """The cache with T tokens of one layer stored from `index` on.
 
   `index` is one integer for all rows (a slice update, which clamps: the caller keeps `index + T <= S`) or

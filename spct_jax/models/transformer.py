@@ -8,7 +8,8 @@
 
     block: attn_norm/scale [D], q/kernel [D,H,hd], k/kernel and v/kernel [D,M,hd], o/kernel [H,hd,D],
            mlp_norm/scale [D], gate/kernel and up/kernel [D,F], down/kernel [F,D]
-           (+ q, k, v /bias with qkv_bias; q_norm/scale, k_norm/scale [hd] with qk_norm)
+           (+ q, k, v /bias with qkv_bias; o/bias; gate, up, down /bias with mlp_bias; q_norm/scale and
+           k_norm/scale [hd] with qk_norm; attn_post_norm/scale and mlp_post_norm/scale [D] with post_norms)
 
 `apply` is the whole model. The engine and the trainer compose the pieces: `embed`, `run_layers` (which
 carries any cache pytree through the layers and leaves attention to the caller's `attend`), `unembed`.
@@ -44,7 +45,8 @@ class Transformer:
     c, dtype = self.config, jnp.dtype(self.config.param_dtype)
     table_key, layers_key, out_key = jax.random.split(key, 3)
     table = jax.random.normal(table_key, (c.padded_vocab, c.width)) * c.width**-0.5
-    params = {'embed': {'table': table.astype(dtype)}, 'final_norm': {'scale': jnp.ones((c.width,), dtype)}}
+    scale = jnp.full((c.width,), 0.0 if c.norm_plus_one else 1.0, dtype)
+    params = {'embed': {'table': table.astype(dtype)}, 'final_norm': {'scale': scale}}
     params |= self._init_layers(layers_key)
     if c.head_kind == 'scalar':
       params['reward'] = reward_head.init(out_key, c)
@@ -57,18 +59,40 @@ class Transformer:
     c = self.config
     x = jnp.zeros((1, 1, c.width), jnp.dtype(c.dtype))
     positions = jnp.zeros((1, 1), jnp.int32)
+    keys = jax.random.split(key, c.num_layers)
 
-    def one(key):
-      return Block(c, c.layers[0]).init(key, x, positions, lambda q, k, v: (q, None))['params']
+    def init(block, key):
+      # The values stand in for what attention gives of them: as many heads as queries have.
+      attend = lambda q, k, v: (jnp.repeat(v, q.shape[2] // v.shape[2], axis=2), None)
+      return Block(c, block).init(key, x, positions, attend)['params']
 
-    # All blocks have the same shapes, so one traced block makes them all: a program that repeats the
-    # random number generator for each layer takes XLA a quarter of a minute to compile at six layers.
-    layers = jax.lax.map(one, jax.random.split(key, c.num_layers))
+    # Layers of one shape are made by one traced block: a program that repeats the random number generator
+    # for each layer takes XLA a quarter of a minute to compile at six layers.
+    alike = {}
+    for block in dict.fromkeys(c.layers):
+      shapes = jax.eval_shape(functools.partial(init, block), keys[0])
+      alike.setdefault(str(shapes), []).append(block)
+    place, made = {}, []
+    for blocks in alike.values():
+      members = [i for i, block in enumerate(c.layers) if block in blocks]
+      place |= {i: (len(made), at) for at, i in enumerate(members)}
+      made.append(jax.lax.map(functools.partial(init, blocks[0]), keys[jnp.array(members)]))
+
+    def layer(i):
+      kind, at = place[i]
+      return jax.tree.map(lambda leaf: leaf[at], made[kind])
+
+    def stack(layers):
+      # Block j of every period: one kind, and evenly spaced in it, because the periods are alike.
+      kind, at = place[layers[0]][0], [place[i][1] for i in layers]
+      step = at[1] - at[0] if len(at) > 1 else 1
+      return jax.tree.map(lambda leaf: leaf[at[0] : at[-1] + 1 : step], made[kind])
+
     first, period, last = len(c.head), len(c.period), len(c.head) + len(c.period) * c.num_periods
     groups = {
-        'head': [jax.tree.map(lambda leaf: leaf[j], layers) for j in range(first)],
-        'period': [jax.tree.map(lambda leaf: leaf[first + j : last : period], layers) for j in range(period)],
-        'remainder': [jax.tree.map(lambda leaf: leaf[j], layers) for j in range(last, c.num_layers)],
+        'head': [layer(j) for j in range(first)],
+        'period': [stack(range(first + j, last, period)) for j in range(period)],
+        'remainder': [layer(j) for j in range(last, c.num_layers)],
     }
     return {name: dict(zip(map(str, range(len(b))), b)) for name, b in groups.items() if b}
 
@@ -87,7 +111,11 @@ class Transformer:
   # --- pieces
 
   def embed(self, params: dict, tokens: Int[Array, 'B T']) -> Float[Array, 'B T D']:
-    return jnp.take(params['embed']['table'], tokens, axis=0).astype(self.config.dtype)
+    x = jnp.take(params['embed']['table'], tokens, axis=0).astype(self.config.dtype)
+    if self.config.embed_scaled:
+      # Rounded like the checkpoints' own code: sqrt(3072) is 55.5 in bfloat16, not 55.43.
+      x = x * jnp.asarray(self.config.width**0.5, x.dtype)
+    return x
 
   def run_layers(
       self, params: dict, x: Float[Array, 'B T D'], positions: Int[Array, 'B T'], attend, cache=None
@@ -95,7 +123,8 @@ class Transformer:
     """All blocks in order; returns `(x, cache)`.
 
     `attend(ref, q, k, v, cache) -> (out, cache)` is called once per layer (once per block of the period, in
-    the scan) with rotated q `[B,T,H,hd]`, k and v `[B,T,M,hd]`. `cache` is any pytree, carried whole.
+    the scan) with rotated q `[B,T,H,hk]`, k `[B,T,M,hk]` and v `[B,T,M,hv]` (M, hk, hv: `kv_cache.shapes`); `out` is
+    `[B,T,H,hv]`. `cache` is any pytree, carried whole.
     """
     c = self.config
 
@@ -126,7 +155,7 @@ class Transformer:
     return lone('remainder', x, cache)
 
   def unembed(self, params: dict, x: Float[Array, 'B T D']) -> Float[Array, 'B T V']:
-    """Final norm and logits, float32, cut to the true vocabulary."""
+    """Final norm and logits, float32, capped if the model caps them, cut to the true vocabulary."""
     x = self._final_norm(params, x)
     if self.config.tied:
       table = params['embed']['table'].astype(x.dtype)
@@ -134,7 +163,7 @@ class Transformer:
     else:
       kernel = params['unembed']['kernel'].astype(x.dtype)
       logits = jnp.einsum('BTD,DV->BTV', x, kernel, preferred_element_type=jnp.float32)
-    return logits[:, :, : self.config.vocab_size]
+    return attention.capped(logits[:, :, : self.config.vocab_size], self.config.logit_softcap)
 
   def rewards(
       self, params: dict, x: Float[Array, 'B T D'], lengths: Int[Array, ' B']
@@ -166,9 +195,13 @@ class Transformer:
 
     def attend(ref, q, k, v, cache):
       seen = attention.window_mask(mask, ref.config.window, positions, positions)
-      return attention.dot_product(q, k, v, jnp.broadcast_to(seen, (B, T, T))), cache
+      return self._dot_product(ref, q, k, v, jnp.broadcast_to(seen, (B, T, T))), cache
 
     return self.run_layers(params, self.embed(params, tokens), positions, attend)[0]
+
+  def _dot_product(self, ref, q, k, v, mask):
+    scale, cap = self.config.score_scale(ref.config), self.config.attn_softcap
+    return attention.dot_product(q, k, v, mask, scale=scale, softcap=cap)
 
   def hidden_cached(self, params: dict, tokens: Int[Array, 'B T'], lengths, positions, cache: dict):
     """`hidden` of tokens that follow those in `cache`; returns `(x, cache)`."""
@@ -188,7 +221,7 @@ class Transformer:
       layers = kv_cache.write(layers, ref, k, v, held)
       keys, values = (jnp.swapaxes(leaf, 1, 2) for leaf in kv_cache.read(layers, ref))
       seen = attention.window_mask(mask, ref.config.window, positions, key_positions)
-      return attention.dot_product(q, keys, values, seen), layers
+      return self._dot_product(ref, q, keys, values, seen), layers
 
     x, layers = self.run_layers(params, self.embed(params, tokens), positions, attend, cache['layers'])
     # Under jit an overflow cannot raise; NaN is loud, dropped tokens would not be.

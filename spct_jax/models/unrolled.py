@@ -14,9 +14,9 @@ from spct_jax.models.transformer import Transformer
 
 
 def model(stacked: Transformer) -> Transformer:
-  """The same decoder, all of its blocks in `head`."""
+  """The same decoder for decoding: all of its blocks in `head`, nothing recomputed."""
   config = stacked.config
-  flat = dataclasses.replace(config, head=config.layers, period=(), num_periods=0, remainder=())
+  flat = dataclasses.replace(config, head=config.layers, period=(), num_periods=0, remainder=(), remat=False)
   return dataclasses.replace(stacked, config=flat)
 
 

@@ -238,7 +238,8 @@ def _prefill(settings, weights, tokens, place, cache):
   positions = jnp.broadcast_to(jnp.arange(P)[None, :], flat.shape)
 
   def attend(ref, q, k, v, cache):
-    out = blockwise.causal(q, k, v, q.shape[-1] ** -0.5, ref.config.window)
+    scale, softcap = model.config.score_scale(ref.config), model.config.attn_softcap
+    out = blockwise.causal(q, k, v, scale, ref.config.window, softcap)
     groups = lambda x: x.reshape(G, B, *x.shape[1:])
     return out, kv_cache.write_rows(cache, ref, groups(k), groups(v), place)
 
@@ -301,7 +302,8 @@ def _logits(settings, sizes, weights, prompts, t, state):
     if window is not None:
       masks = in_prompt & (seated - index < window), since_start & (age < window)
     cached = kv_cache.read(state.slots, ref), kv_cache.read(ring, ref)
-    return shared.attend(q, *cached, seating, *masks, scale=q.shape[-1] ** -0.5, softcap=None), ring
+    scale, softcap = model.config.score_scale(ref.config), model.config.attn_softcap
+    return shared.attend(q, *cached, seating, *masks, scale, softcap), ring
 
   x = _by_rows(settings, model.embed(weights, state.token.reshape(-1, 1)))
   x, ring = model.run_layers(weights, x, positions[:, None], attend, state.ring)

@@ -22,6 +22,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
+from spct_jax.models import attention
+
 _LEAST = jnp.finfo(jnp.float32).min  # not -inf: where nothing is seen, -inf - -inf would be NaN
 
 
@@ -67,13 +69,11 @@ def part(
     v: Float[Array, 'B M S e'],
     mask: Bool[Array, 'B W S'],
     scale: float,
-    softcap: float | None,
+    softcap: int | float | None,
 ) -> Part:
-  """`softcap` c turns a scaled score s into c tanh(s / c), before the mask; None leaves it."""
-  scores = jnp.einsum('BMWgd,BMSd->BMWgS', q, k.astype(q.dtype), preferred_element_type=jnp.float32) * scale
-  if softcap is not None:
-    scores = softcap * jnp.tanh(scores / softcap)
-  scores = jnp.where(mask[:, None, :, None, :], scores, _LEAST)
+  """Of `attention.capped(scale q k^T, softcap)` where `mask` allows."""
+  scores = jnp.einsum('BMWgd,BMSd->BMWgS', q, k.astype(q.dtype), preferred_element_type=jnp.float32)
+  scores = jnp.where(mask[:, None, :, None, :], attention.capped(scores * scale, softcap), _LEAST)
   top = scores.max(axis=-1)
   weights = jnp.exp(scores - top[..., None])
   value = jnp.einsum(
@@ -98,7 +98,7 @@ def attend(
     prompt_mask: Bool[Array, 'Z W P'],
     own_mask: Bool[Array, 'R 1 T'],
     scale: float,
-    softcap: float | None,
+    softcap: int | float | None,
 ) -> Float[Array, 'R 1 H e']:
   """One query a row over its prompt and its own tokens. R and Z count all groups, one group after the other."""
   (R, _, H, d), (Z, M), W = q.shape, prompt[0].shape[:2], prompt_mask.shape[1]

@@ -6,13 +6,14 @@ import json
 import jax
 import pytest
 
-from spct_jax.models.config import BlockConfig, ModelConfig, RopeScaling
+from spct_jax.models.config import BlockConfig, ModelConfig
+from spct_jax.models.rope import Llama3Scaling
 from spct_jax.models.transformer import Transformer
 
 CONFIG = ModelConfig(
     vocab_size=17, width=16, heads=4, kv_heads=2, head_dim=4, ffn=24, vocab_multiple=8,
     head=(BlockConfig(),), period=(BlockConfig(window=3), BlockConfig(rope_theta=1e6)), num_periods=2,
-    remainder=(BlockConfig(rope_scaling=RopeScaling(8.0, 1.0, 4.0, 64)),),
+    remainder=(BlockConfig(rope_scaling=Llama3Scaling(8.0, 1.0, 4.0, 64)),),
 )
 
 
@@ -60,7 +61,7 @@ def test_impossible_blocks_are_refused():
   with pytest.raises(ValueError, match='rope_theta'):
     BlockConfig(rope_theta=-1.0)
   with pytest.raises(ValueError, match='rope_scaling'):
-    RopeScaling(8.0, 4.0, 1.0, 64)
+    Llama3Scaling(8.0, 4.0, 1.0, 64)
 
 
 def test_num_params_counts_what_init_makes():

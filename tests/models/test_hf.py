@@ -147,9 +147,14 @@ def change_config(folder, **fields):
     'fields, message',
     [
         (dict(architectures=['GPT2LMHeadModel']), "unsupported architecture 'GPT2LMHeadModel'.*LlamaForCausalLM"),
-        (dict(hidden_act='gelu'), "hidden_act is 'gelu'"),
-        (dict(attention_bias=True), 'attention_bias is True'),
-        (dict(rope_scaling={'rope_type': 'yarn', 'factor': 4.0}), "'yarn' is not supported"),
+        (dict(hidden_act='quick_gelu'), "hidden_act is 'quick_gelu'.*silu"),
+        (dict(attention_bias=True), 'missing .model.layers.0.self_attn.k_proj.bias'),
+        (dict(rope_scaling={'rope_type': 'dynamic', 'factor': 4.0}), "'dynamic' is not supported.*yarn"),
+        (dict(rope_scaling={'rope_type': 'yarn', 'factor': -4.0}), 'config.json: rope_scaling: got .*factor'),
+        (dict(rope_parameters={'full_attention': {'rope_type': 'default'}}), 'differ by layer type'),
+        (dict(hidden_size='16'), "config.json: hidden_size is '16'; needs a positive integer"),
+        (dict(use_sliding_window=False), 'sliding_window is off'),
+        (dict(model_type='llama'), "unsupported architecture 'Qwen3ForCausalLM' .model_type 'llama'"),
         (dict(rope_scaling={'rope_type': 'llama3', 'factor': 4.0}), 'lacks low_freq_factor'),
         (dict(layer_types=['full_attention']), '1 entries for 4 layers'),
         (dict(architectures=['Qwen3ForSequenceClassification'], id2label={'0': 'a', '1': 'b'}), 'num_labels is 2'),
@@ -194,10 +199,11 @@ def test_tied_files_may_repeat_the_table(tmp_path):
 @pytest.mark.parametrize(
     'change, message',
     [
-        ({'qkv_bias': True}, 'both qkv_bias'),
-        ({'qk_norm': False}, 'mixes local and global'),
-        ({'head': (BlockConfig(rope_theta=5.0),)}, 'different rotary'),
-        ({'head': (BlockConfig(window=7),)}, r'several sizes, \[3, 7\]'),
+        ({'qkv_bias': True}, 'qwen2 differs in qk_norm; qwen3 differs in o_bias;'),
+        ({'qk_norm': False}, 'mistral differs in layers with their window; qwen2 differs in qkv_bias; '),
+        ({'head': (BlockConfig(rope_theta=5.0),)}, 'qwen3 differs in layers with their rope_theta;'),
+        ({'head': (BlockConfig(window=7),)}, 'qwen3 differs in layers with their window;'),
+        ({'norm_plus_one': True}, 'gemma3_text differs in post_norms, '),
     ],
 )
 def test_models_without_a_twin_are_not_written(tmp_path, change, message):

@@ -5,14 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spct_jax.models.config import BlockConfig, ModelConfig, RopeScaling
+from spct_jax.models.config import BlockConfig, ModelConfig
+from spct_jax.models.rope import Llama3Scaling
 from spct_jax.models.transformer import Transformer
 
 CONFIG = ModelConfig(
     vocab_size=13, width=12, heads=4, kv_heads=2, head_dim=6, ffn=10, vocab_multiple=8, norm_eps=1e-5,
     head=(BlockConfig(window=2, rope_theta=50.0),),
     period=(BlockConfig(window=4, rope_theta=100.0), BlockConfig()), num_periods=2,
-    remainder=(BlockConfig(rope_scaling=RopeScaling(4.0, 1.0, 3.0, 16)),),
+    remainder=(BlockConfig(rope_scaling=Llama3Scaling(4.0, 1.0, 3.0, 16)),),
     qkv_bias=True, qk_norm=True,
 )
 
@@ -132,9 +133,9 @@ def test_the_mask_of_six_tokens():
   q, k, v = (jnp.asarray(rng.normal(size=(1, 6, 2, 4)), jnp.float32) for _ in range(3))
 
   def total(q, k, v):
-    return (attention.dot_product(q, k, v, jnp.asarray(narrow[None], bool)) ** 2).sum()
+    return (attention.dot_product(q, k, v, jnp.asarray(narrow[None], bool), scale=0.5, softcap=None) ** 2).sum()
 
-  out = attention.dot_product(q, k, v, jnp.asarray(narrow[None], bool))
+  out = attention.dot_product(q, k, v, jnp.asarray(narrow[None], bool), scale=0.5, softcap=None)
   # Seen to fail: the second `where` dropped (a row without keys gives the mean of v); `lengths` ignored.
   assert np.all(np.asarray(out)[0, 5] == 0) and np.all(np.isfinite(out))
   np.testing.assert_allclose(out[0, 4], v[0, 3], rtol=1e-6)

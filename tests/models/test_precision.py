@@ -20,7 +20,7 @@ def test_scores_of_attention_are_float32():
   k = np.repeat(q, 8, axis=1) + rng.normal(size=(1, 8, 1, 64)) * 0.25  # scores near 1000, where bfloat16 steps by 4
   v = np.eye(8)[None, :, None, :].repeat(8, axis=-1)
   q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in (q, k, v))
-  got = np.asarray(attention.dot_product(q, k, v, jnp.ones((1, 1, 8), bool)), np.float64)
+  got = np.asarray(attention.dot_product(q, k, v, jnp.ones((1, 1, 8), bool), scale=64**-0.5, softcap=None), np.float64)
   wide = [np.asarray(x, np.float64) for x in (q, k, v)]
   scores = np.einsum('bthd,bshd->bts', wide[0], wide[1]) * 64**-0.5
   weights = np.exp(scores - scores.max())

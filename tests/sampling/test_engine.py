@@ -45,7 +45,7 @@ def test_logp_is_the_learners_under_truncation_after_refills(full):
   temperature = np.where(full.tasks.temperature == 0, 1.0, full.tasks.temperature)
   logits = full.learner_logits(full.rollouts, full.prompts, full.tasks) / temperature[:, None, None]
   want = np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), full.rollouts.tokens[..., None], -1)[..., 0]
-  np.testing.assert_allclose(full.rollouts.logp, np.where(full.rollouts.token_mask, want, 0.0), atol=1e-4)
+  np.testing.assert_allclose(full.rollouts.logp, np.where(full.rollouts.token_mask, want, 0.0), atol=1e-5)
   assert full.rollouts.logp.dtype == np.float32
 
 

@@ -1,5 +1,6 @@
 """Slots are used again, seats are few, and a prompt is kept and read once: results and the compiled program."""
 
+import dataclasses
 import re
 
 import jax
@@ -42,6 +43,16 @@ def test_no_row_gets_a_copy_of_its_prompt(rig, monkeypatch):
   text = loop.advance.lower(*given, state, np.int32(1)).compile().as_text()
   assert 'f32[2,2,400,8]' in text
   assert not re.search(r'f32\[24,(2,400|400,2),8\]|= f32\[2,2,400,8\]\S* (copy|gather)\(', text)
+
+
+# Seen to fail when the scale or the cap of either part, or of the prefill, is left out.
+def test_scale_and_soft_cap_of_the_model_are_kept(rig, make_rig):
+  capped = make_rig(dataclasses.replace(rig.model.config, attn_softcap=0.7, query_scalar=2.5, logit_softcap=3.0))
+  tasks = rig.tasks
+  got = capped.engine(capped.model, rows=3).generate(capped.params, capped.prompts, tasks)
+  logits = capped.learner_logits(got, capped.prompts, tasks)
+  want = np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), got.tokens[..., None], -1)[..., 0]
+  np.testing.assert_allclose(got.logp, np.where(got.token_mask, want, 0.0), atol=1e-5)
 
 
 def test_limits_end_tasks_and_are_checked(rig):

@@ -92,6 +92,25 @@ def write(cache: dict, ref: LayerRef, k: Float[Array, 'B T M hk'], v: Float[Arra
   return {**cache, ref.group: {**cache[ref.group], str(ref.j): layer}}
 
 
+def write_rows(cache: dict, ref: LayerRef, k: Float[Array, 'G b T M hd'], v: Float[Array, 'G b T M hd'], rows) -> dict:
+  """The cache with whole rows of one layer overwritten, in G groups: `rows[G, b]` within the group.
+
+  The cache has G * n rows of T positions; a row of n or more is dropped.
+  """
+  layer = cache[ref.group][str(ref.j)]
+  layer = {'k': _put_rows(layer['k'], k, ref.i, rows), 'v': _put_rows(layer['v'], v, ref.i, rows)}
+  return {**cache, ref.group: {**cache[ref.group], str(ref.j): layer}}
+
+
+def _put_rows(store, new, i, rows):
+  G, axis = rows.shape[0], int(i is not None)
+  new = jnp.swapaxes(new, 2, 3).astype(store.dtype)  # [G, b, M, T, hd]
+  # Group by group, so that on a mesh a group's rows stay on its devices.
+  groups = store.reshape(*store.shape[:axis], G, -1, *store.shape[axis + 1:])
+  one = lambda group, row, new: group.at[row if i is None else (i, row)].set(new, mode='drop')
+  return jax.vmap(one, (axis, 0, 0), axis)(groups, rows, new).reshape(store.shape)
+
+
 def _put(store, new, i, index):
   new, index = jnp.swapaxes(new, 1, 2).astype(store.dtype), jnp.asarray(index)  # [B, M, T, hd]
   if index.ndim == 0:

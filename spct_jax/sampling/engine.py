@@ -9,14 +9,16 @@ its prompt, everything is padded to what the mesh divides, and the results are p
 the tasks. `loop` is the program that runs. What a task gets depends on its prompt, its settings and its
 name (seed, stage, visit, uid, sample) only, up to float ties: not on rows, batches, groups or refills.
 
-1. Shapes decide what is compiled: U, P, Q, the rows and T. Sampling settings, seed, stage and the
-   number of real tasks are values.
+1. Shapes decide what is compiled: U, P, Q, the rows, T, and how many tasks the prompts have (`_sizes`, in a
+   few steps). Sampling settings, limits, seed, stage and the number of real tasks are values.
 2. Prompts are dealt to groups by their number of tasks, so that groups get nearly equal queues; when one
    prompt has far more than the others, the queues of all groups grow to a power of two times Q / G.
+3. At most so many prompts are held at a time as keep the rows busy; the others wait for their turn.
 """
 
 from collections.abc import Callable
 import dataclasses
+import math
 
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
@@ -28,6 +30,11 @@ from spct_jax.sampling import keys, loop
 from spct_jax.types import PromptBatch, Rollouts, Tasks
 
 _ALL = 2**30  # steps: more than any run takes
+_PREFILL = 1024  # tokens that go through the model at once: enough to fill it, few enough to keep its activations small
+_WIDTHS = sorted(m << i for m in (1, 3) for i in range(24))
+_SLOTS = sorted({m << i for m in range(8, 16) for i in range(24)} | set(range(1, 8)))
+# What a step's work is made of, in seats of one slot: to read one more slot, and a row with all that is not its prompt.
+_SLOT, _ROW = 16, 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +74,7 @@ class Engine:
     return loop.Settings(self.model, self.mesh, rules, self.max_new_tokens, tuple(map(int, self.eos_ids)))
 
   def cache_shardings(self, num_prompts: int, prompt_length: int) -> dict | None:
-    """{'prompt': tree, 'rows': tree} of NamedShardings, as for `generate` with at least as many tasks as rows."""
+    """{'prompt': tree, 'rows': tree} of NamedShardings, of caches as large as `generate` makes at most."""
     if self.mesh is None:
       return None
     G = self._settings.groups
@@ -83,37 +90,31 @@ class Engine:
       tasks: Tasks,
       on_progress: Callable[[int, int], None] | None = None,
       segment: int | None = None,
+      limits: np.ndarray | None = None,
   ) -> Rollouts:
     """Runs all tasks; numpy in, numpy out, in the order of the tasks. Padding tasks get an empty row.
 
     `on_progress(done, total)` is called after every `segment` steps, or once at the end if that is None.
+    `limits` int[Q] ends each task after so many tokens; None is `max_new_tokens` for all.
     """
-    return self._launch(params, prompts, tasks, on_progress, segment)()
+    return self._launch(params, prompts, tasks, on_progress, segment, limits)()
 
   def launch(self, params: dict, prompts: PromptBatch, tasks: Tasks) -> Callable[[], Rollouts]:
     """Starts what `generate` does and returns at once; the function that it returns waits and gives the rollouts.
 
     The caches of two launched runs exist side by side: call the first one's function before launching the second.
     """
-    return self._launch(params, prompts, tasks, None, None)
+    return self._launch(params, prompts, tasks, None, None, None)
 
-  def _launch(self, params, prompts, tasks, on_progress, segment):
-    _check(prompts, tasks, self.model.config.vocab_size)
+  def _launch(self, params, prompts, tasks, on_progress, segment, limits):
     if segment is not None and segment < 1:
       raise ValueError(f'segment: got {segment}; needs at least 1 step, or None for one uninterrupted run.')
+    dealt, given, state = self._begin(params, prompts, tasks, limits)
     total = int(tasks.row_mask.sum())
     if not total:
       return lambda: self._rollouts(len(tasks.prompt), None, None)
-    settings = self._settings
-    dealt, prompt_tokens, prompt_length, queue = _deal(prompts, tasks, settings.groups)
-    put = lambda tree: _put(tree, self.mesh)
-    slots = loop.prefill(settings, params, put(prompt_tokens), put(prompt_length))
-    queue = put(queue)
-    rows = min(_parts(self.rows, settings.groups), dealt.shape[1])
-    root = np.asarray(jax.random.key_data(keys.root_key(self.seed, self.stage)))
     steps = np.int32(_ALL if segment is None else segment)
-    advance = lambda state: loop.advance(settings, params, root, slots, queue, state, steps)
-    state, finished = advance(loop.start(settings, rows, slots, queue))
+    state, finished = loop.advance(*given, state, steps)
 
     def wait():
       held, done = state, int(sharding.to_host(finished))
@@ -122,10 +123,25 @@ class Engine:
           on_progress(done, total)
         if done == total:
           return self._rollouts(len(tasks.prompt), dealt, held)
-        held, count = advance(held)
+        held, count = loop.advance(*given, held, steps)
         done = int(sharding.to_host(count))
 
     return wait
+
+  def _begin(self, params, prompts, tasks, limits):
+    """-> which task stands where in the queues, what `loop.advance` takes before its state, the first state."""
+    T, settings = self.max_new_tokens, self._settings
+    limits = np.full(len(tasks.prompt), T) if limits is None else np.asarray(limits)
+    _check(prompts, tasks, self.model.config.vocab_size, limits, T)
+    if not tasks.row_mask.any():
+      return None, None, None
+    dealt, *host = _deal(prompts, tasks, limits, settings.groups)
+    Q, P = dealt.shape[1], prompts.tokens.shape[1]
+    sizes = _sizes(host[0].number, Q, min(_parts(self.rows, settings.groups), Q), P)
+    dealt_prompts, queue = _put(host, self.mesh)
+    root = np.asarray(jax.random.key_data(keys.root_key(self.seed, self.stage)))
+    weights, state = loop.start(settings, sizes, params, dealt_prompts, queue)
+    return dealt, (settings, sizes, weights, root, dealt_prompts, queue), state
 
   def _rollouts(self, Q, dealt, state) -> Rollouts:
     """The state's results in the order of the tasks; empty rows for padding."""
@@ -159,8 +175,8 @@ def _put(tree, mesh):
   return sharding.to_device(tree, where)
 
 
-def _deal(prompts: PromptBatch, tasks: Tasks, G: int):
-  """-> dealt int[G, q] (which task stands where in the queues, -1 = none), tokens[G, u, P], length[G, u], Queue."""
+def _deal(prompts: PromptBatch, tasks: Tasks, limits: np.ndarray, G: int):
+  """-> dealt int[G, q] (which task stands where in the queues, -1 = none), Prompts, Queue."""
   Q, (U, P) = len(tasks.prompt), prompts.tokens.shape
   prompt = np.where(tasks.row_mask, tasks.prompt, 0)
   counts = np.bincount(prompt[tasks.row_mask], minlength=U)
@@ -170,12 +186,17 @@ def _deal(prompts: PromptBatch, tasks: Tasks, G: int):
   place, group = rank // G, rank % G
   group = np.where(place % 2, G - 1 - group, group)
 
-  tokens, length = np.zeros((G, _parts(U, G), P), np.int32), np.ones((G, _parts(U, G)), np.int32)
+  shape = (G, _parts(U, G))
+  tokens, length, number = np.zeros((*shape, P), np.int32), np.ones(shape, np.int32), np.zeros(shape, np.int32)
   # Padding becomes token 0: an id outside the embedding table would be NaN, and 0 weight times NaN is NaN.
   real = np.arange(P)[None, :] < prompts.length[:, None]
   tokens[group, place], length[group, place] = np.where(real, prompts.tokens, 0), np.clip(prompts.length, 1, P)
+  number[group, place] = counts
 
-  queues = [np.flatnonzero(tasks.row_mask & (group[prompt] == g)) for g in range(G)]
+  queues = []
+  for g in range(G):
+    queue = np.flatnonzero(tasks.row_mask & (group[prompt] == g))
+    queues.append(queue[np.argsort(place[prompt[queue]], kind='stable')])  # the tasks of a prompt side by side
   room = _parts(Q, G)
   while room < max(map(len, queues)):
     room *= 2
@@ -183,12 +204,19 @@ def _deal(prompts: PromptBatch, tasks: Tasks, G: int):
   for g, queue in enumerate(queues):
     dealt[g, :len(queue)] = queue
   here = np.maximum(dealt, 0)
-  return dealt, tokens, length, loop.Queue(
-      count=np.array([len(queue) for queue in queues], np.int32),
-      slot=place[prompt][here].astype(np.int32),
+  dealt_prompts = loop.Prompts(
+      count=(number > 0).sum(axis=1, dtype=np.int32),
+      tokens=tokens,
+      length=length,
+      first=np.cumsum(number, axis=1, dtype=np.int32) - number,
+      number=number,
+  )
+  return dealt, dealt_prompts, loop.Queue(
+      count=number.sum(axis=1, dtype=np.int32),
       uid=tasks.uid[here].astype(np.uint32),
       visit=tasks.visit[here].astype(np.int32),
       sample=tasks.sample[here].astype(np.int32),
+      limit=limits[here].astype(np.int32),
       temperature=tasks.temperature[here].astype(np.float32),
       top_p=tasks.top_p[here].astype(np.float32),
       top_k=tasks.top_k[here].astype(np.int32),
@@ -196,7 +224,37 @@ def _deal(prompts: PromptBatch, tasks: Tasks, G: int):
   )
 
 
-def _check(prompts: PromptBatch, tasks: Tasks, vocab_size: int):
+def _sizes(number: np.ndarray, Q: int, rows: int, P: int) -> loop.Sizes:
+  """How many slots a group of Q places in the queue gets and how many rows sit at each; `number[G, U]` tasks a prompt.
+
+  The least of steps x work of a step, both as estimated here. Widths go in steps of a half, slots in
+  steps of an eighth, so that few programs arise.
+  """
+  U, used = number.shape[1], number[number > 0]
+  batch = max(1, min(U, _PREFILL // P))
+  best = None
+  for width in _WIDTHS:
+    width = min(width, rows)
+    held = np.minimum(used, width).mean()
+    waves = used.mean() / held
+    slots = rows / held
+    if Q > rows:
+      # A slot is free when the longest of its last samples ends: of W, after 1 + log2(W) / 3 mean lengths (seen for
+      # lengths that are lognormal with sigma 0.45); before that its seats are taken again and again.
+      slots = slots * (1 + math.log2(width) / 3 / waves) + batch
+    slots = min(U, next(size for size in _SLOTS if size >= slots))
+    busy = np.sort(np.minimum(number, width), axis=1)[:, -slots:].sum(axis=1).min()
+    length = max(number.sum(axis=1).max() / min(rows, max(busy, 1)), used.max() / width)
+    cost = (length + waves - 1) * (_ROW * rows + slots * (width + _SLOT))
+    if best is None or cost < best[0]:
+      best = cost, slots, width
+    if width >= min(rows, used.max()):
+      break
+  _, slots, width = best
+  return loop.Sizes(rows=rows, slots=slots, width=width, batch=min(batch, slots))
+
+
+def _check(prompts: PromptBatch, tasks: Tasks, vocab_size: int, limits: np.ndarray, T: int):
   real, (U, P) = np.asarray(tasks.row_mask), prompts.tokens.shape
 
   def refuse(name, values, wrong, allowed):
@@ -219,3 +277,6 @@ def _check(prompts: PromptBatch, tasks: Tasks, vocab_size: int):
   refuse('tasks.top_p', tasks.top_p, real & ~((tasks.top_p > 0) & (tasks.top_p <= 1)), 'above 0, to 1 (off)')
   refuse('tasks.top_k', tasks.top_k, real & (tasks.top_k < 0), '0 (off) and above')
   refuse('tasks.min_p', tasks.min_p, real & ~((tasks.min_p >= 0) & (tasks.min_p <= 1)), '0 (off) to 1')
+  if limits.shape != real.shape:
+    raise ValueError(f'limits: got shape {limits.shape}; needs one number of tokens for each of {real.size} tasks.')
+  refuse('limits', limits, real & ((limits < 1) | (limits > T)), f'1 to {T}, max_new_tokens')

@@ -1,13 +1,19 @@
-"""The engine's program on the device: one prefill of all prompt slots, then one loop that never leaves it.
+"""The engine's program on the device: one loop that fills prompt slots, decodes, and never leaves the device.
 
-A *slot* is the cache of one prompt, filled once; a *row* runs one task at a time against the slot of
-its prompt. Rows and slots come in G groups, one for each part of the mesh that holds rows of its own, and
-a row only meets slots of its own group, so that the gather of a slot stays on its device. Each step:
+A *slot* holds the cache of one prompt while its tasks run, and seats W rows at a time; a *row* runs one
+task at a time and attends to the slot of its prompt. Rows and slots come in G groups, one for each part of
+the mesh that holds rows of its own, and a row only meets slots of its own group. The loop does one of two
+things, whichever the state asks for:
 
-    1. every row feeds one token and stores its key and value at ring position clock % T, all rows alike
-    2. it attends to its slot's prompt[:-1] and to its own ring entries since it began, in one softmax
-    3. it draws a token; on an end-of-sequence id, or after T tokens, its task is done
-    4. free rows take the next tasks of their group's queue; the clock ticks
+    fill    if as many slots are free as prompts go through the model at once (or as are left): prefill them
+    step    1. every row feeds one token and stores its key and value at ring position clock % T, all rows alike
+            2. it attends to its slot's prompt[:-1] and to its own ring entries since it began (`shared`)
+            3. it draws a token; on an end-of-sequence id, or after its limit, its task is done
+            4. the clock ticks
+
+After either one, free rows take waiting tasks: those of the earliest prompt first, as far as its slot has a
+seat. A slot whose prompt has no task left is free. So a prompt is computed once, kept once and read
+once a step, and rows go on with the next prompts while the last samples of the earlier ones end.
 
 A row that starts feeds the *last* token of its prompt, so no logits of the prefill are ever needed, and
 a prompt of one token leaves its slot empty. With T = 4, at clock 5, for a row that began at clock 4:
@@ -28,9 +34,9 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from spct_jax import sharding
-from spct_jax.models import attention, kv_cache
+from spct_jax.models import blockwise, kv_cache, unrolled
 from spct_jax.models.transformer import Transformer
-from spct_jax.sampling import decoding, keys
+from spct_jax.sampling import decoding, keys, shared
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,37 +53,62 @@ class Settings:
   def groups(self) -> int:
     return 1 if self.mesh is None else sharding.data_ways(self.mesh)
 
+  @property
+  def decoder(self) -> Transformer:
+    """The model as the loop runs it."""
+    return unrolled.model(self.model)
 
-class Queue(NamedTuple):
-  """Tasks by group, in the order they are taken: arrays [G, Q]; `count[G]` of them are real."""
+
+class Sizes(NamedTuple):
+  """Of one group: rows R, slots S, seats of a slot W, prompts that are prefilled at once B <= S."""
+
+  rows: int
+  slots: int
+  width: int
+  batch: int
+
+
+class Prompts(NamedTuple):
+  """Prompts by group, those without a task last: `tokens[G, U, P]`, the rest [G, U]; `count[G]` have tasks.
+
+  The tasks of prompt u are `number[u]` of the queue from `first[u]` on.
+  """
 
   count: jax.Array
-  slot: jax.Array  # within the group
+  tokens: jax.Array
+  length: jax.Array
+  first: jax.Array
+  number: jax.Array
+
+
+class Queue(NamedTuple):
+  """Tasks by group, those of a prompt side by side: arrays [G, Q]; `count[G]` of them are real."""
+
+  count: jax.Array
   uid: jax.Array  # [G, Q, 2]
   visit: jax.Array
   sample: jax.Array
+  limit: jax.Array  # of tokens, 1 to T
   temperature: jax.Array
   top_p: jax.Array
   top_k: jax.Array
   min_p: jax.Array
 
 
-class Slots(NamedTuple):
-  """Prompts by group: `tokens[G, U, P]`, `length[G, U]`, and their cache over all G * U slots."""
-
-  tokens: jax.Array
-  length: jax.Array
-  cache: dict
-
-
 class State(NamedTuple):
-  """What a step changes. A row without a task has `task` = Q, behind the end of every array."""
+  """What changes. A row without a task has `task` = Q and `slot` = S, behind the end of every array."""
 
   clock: jax.Array  # int32: steps since the start
+  fills: jax.Array  # int32: prefills since the start, of B prompts a group
+  head: jax.Array  # [G], the next prompt to fill a slot
+  done: jax.Array  # [G], finished tasks
+  prompt: jax.Array  # [G, S], the slot's prompt; U = free
+  taken: jax.Array  # [G, S], the next task of the slot's prompt
+  slots: dict  # cache over all G * S slots, P positions
   task: jax.Array  # [G, R]
+  slot: jax.Array  # [G, R]
   token: jax.Array  # [G, R], fed next
   began: jax.Array  # [G, R], clock of the task's first step
-  head: jax.Array  # [G], next task of the queue
   ring: dict  # cache over all G * R rows, T positions
   tokens: jax.Array  # [G, Q, T]
   logp: jax.Array  # [G, Q, T]
@@ -86,14 +117,14 @@ class State(NamedTuple):
 
 def empty_cache(settings: Settings, name: str, batch: int, length: int) -> dict:
   """Zeros of the model's cache, placed by the rules; `name` is 'prompt' or 'rows', the root of the paths."""
-  return _place_cache(settings, name, kv_cache.init(settings.model.config, batch, length))
+  return _place_cache(settings, name, kv_cache.init(settings.decoder.config, batch, length))
 
 
 def cache_shardings(settings: Settings, name: str, batch: int, length: int) -> dict | None:
   """Where `empty_cache` lies; None without a mesh."""
   if settings.mesh is None:
     return None
-  shapes = jax.eval_shape(lambda: kv_cache.init(settings.model.config, batch, length))
+  shapes = jax.eval_shape(lambda: kv_cache.init(settings.decoder.config, batch, length))
   return sharding.tree_shardings({name: shapes}, settings.cache_rules, settings.mesh)[name]
 
 
@@ -111,74 +142,122 @@ def _by_rows(settings, x):
   return jax.lax.with_sharding_constraint(x, NamedSharding(settings.mesh, PartitionSpec(sharding.DATA_AXES)))
 
 
-@functools.partial(jax.jit, static_argnames='settings')
-def prefill(settings: Settings, params: dict, tokens: jax.Array, length: jax.Array) -> Slots:
-  """Keys and values of all prompts in one pass. What padding and a prompt's last token write is never seen."""
-  model, (G, U, P) = settings.model, tokens.shape
-  flat = _by_rows(settings, tokens.reshape(G * U, P))
-  positions = jnp.broadcast_to(jnp.arange(P)[None, :], flat.shape)
-  causal = attention.causal_mask(P, None, None)
-
-  def attend(ref, q, k, v, cache):
-    mask = attention.window_mask(causal, ref.config.window, positions, positions)
-    scale, cap = model.config.score_scale(ref.config), model.config.attn_softcap
-    out = attention.dot_product(q, k, v, jnp.broadcast_to(mask, (G * U, P, P)), scale=scale, softcap=cap)
-    return out, kv_cache.write(cache, ref, k, v, 0)
-
-  cache = empty_cache(settings, 'prompt', G * U, P)
-  x = _by_rows(settings, model.embed(params, flat))
-  _, cache = model.run_layers(params, x, positions, attend, cache)
-  return Slots(tokens, length, _place_cache(settings, 'prompt', cache))
-
-
-@functools.partial(jax.jit, static_argnames=('settings', 'rows'))
-def start(settings: Settings, rows: int, slots: Slots, queue: Queue) -> State:
-  """`rows` rows a group, the first tasks already on them."""
-  G, Q = queue.slot.shape
-  T = settings.max_new_tokens
-  idle = jnp.full((G, rows), Q, jnp.int32)
-  state = State(
+@functools.partial(jax.jit, static_argnames=('settings', 'sizes'))
+def start(settings: Settings, sizes: Sizes, params: dict, prompts: Prompts, queue: Queue) -> tuple[dict, State]:
+  """The weights as `advance` wants them (`unrolled`: of scanned layers a copy), and the state before the first step."""
+  (G, Q), (U, P), T = queue.visit.shape, prompts.tokens.shape[1:], settings.max_new_tokens
+  zeros = lambda *shape: _by_rows(settings, jnp.zeros((G, *shape), jnp.int32))
+  rows = zeros(sizes.rows)
+  return unrolled.params(settings.model.config, params), State(
       clock=jnp.int32(0),
-      task=idle,
-      token=jnp.zeros_like(idle),
-      began=jnp.zeros_like(idle),
-      head=jnp.zeros(G, jnp.int32),
-      ring=empty_cache(settings, 'rows', G * rows, T),
-      tokens=_by_rows(settings, jnp.zeros((G, Q, T), jnp.int32)),
-      logp=_by_rows(settings, jnp.zeros((G, Q, T), jnp.float32)),
-      length=_by_rows(settings, jnp.zeros((G, Q), jnp.int32)),
+      fills=jnp.int32(0),
+      head=zeros(),
+      done=zeros(),
+      prompt=zeros(sizes.slots) + U,
+      taken=zeros(sizes.slots),
+      slots=empty_cache(settings, 'prompt', G * sizes.slots, P),
+      task=rows + Q,
+      slot=rows + sizes.slots,
+      token=rows,
+      began=rows,
+      ring=empty_cache(settings, 'rows', G * sizes.rows, T),
+      tokens=zeros(Q, T),
+      logp=zeros(Q, T).astype(jnp.float32),
+      length=zeros(Q),
   )
-  return _refill(slots, queue, state, state.task == Q)
 
 
-@functools.partial(jax.jit, static_argnames='settings', donate_argnames='state')
+@functools.partial(jax.jit, static_argnames=('settings', 'sizes'), donate_argnames='state')
 def advance(
-    settings: Settings, params: dict, root: jax.Array, slots: Slots, queue: Queue, state: State, steps: jax.Array
+    settings: Settings, sizes: Sizes, weights: dict, root: jax.Array, prompts: Prompts, queue: Queue, state: State,
+    steps: jax.Array,
 ) -> tuple[State, jax.Array]:
   """At most `steps` steps; returns the state and how many tasks are done. Cutting a run in parts changes nothing.
 
-  `root` is the data of `keys.root_key`: plain numbers, which every process may pass.
+  `weights` are those of `start`, `root` is the data of `keys.root_key`: plain numbers, which every process may pass.
   """
-  G, Q = queue.slot.shape
   root = jax.random.wrap_key_data(root, impl='threefry2x32')
   task_keys = jax.vmap(keys.fold_tasks, (None, 0, 0, 0))(root, queue.uid, queue.visit, queue.sample)
-  until = state.clock + steps
+  until, total = state.clock + steps, queue.count.sum()
 
   def unfinished(state):
-    return (state.clock < until) & (state.task < Q).any()
+    return (state.clock < until) & (state.done.sum() < total)
 
-  state = jax.lax.while_loop(
-      unfinished, lambda state: _step(settings, params, task_keys, slots, queue, state), state
+  def fill_then_decode(state):
+    # Two loops in place of a choice: a branch inside a loop would copy what it carries.
+    state = jax.lax.while_loop(
+        lambda state: _can_fill(sizes, prompts, state),
+        lambda state: _fill(settings, sizes, weights, prompts, state), state,
+    )
+    return jax.lax.while_loop(
+        lambda state: unfinished(state) & ~_can_fill(sizes, prompts, state),
+        lambda state: _step(settings, sizes, weights, task_keys, prompts, queue, state), state,
+    )
+
+  state = jax.lax.while_loop(unfinished, fill_then_decode, state)
+  return state, state.done.sum()
+
+
+# --- prompts
+
+
+def _can_fill(sizes: Sizes, prompts: Prompts, state: State):
+  """Whether a group has prompts to come and free slots for the next B of them."""
+  waiting = prompts.count - state.head
+  free = (state.prompt == prompts.length.shape[1]).sum(axis=1)
+  return ((waiting > 0) & (free >= jnp.minimum(sizes.batch, waiting))).any()
+
+
+def _fill(settings: Settings, sizes: Sizes, weights: dict, prompts: Prompts, state: State) -> State:
+  """The next prompts of every group into its free slots, at most B."""
+  (G, U, P), B, S = prompts.tokens.shape, sizes.batch, sizes.slots
+  free = state.prompt == U
+  rank = jnp.where(free, jnp.cumsum(free, axis=1) - 1, B)
+  index = jnp.broadcast_to(jnp.arange(S, dtype=jnp.int32)[None, :], (G, S))
+  place = jax.vmap(lambda rank, index: jnp.full(B, S, jnp.int32).at[rank].set(index, mode='drop'))(rank, index)
+  new = state.head[:, None] + jnp.arange(B, dtype=jnp.int32)[None, :]
+  real = (new < prompts.count[:, None]) & (place < S)
+  place, new = jnp.where(real, place, S), jnp.minimum(new, U - 1)
+
+  cache = _prefill(settings, weights, _of(prompts.tokens, new), place, state.slots)
+  put = jax.vmap(lambda out, place, value: out.at[place].set(value, mode='drop'))
+  state = state._replace(
+      fills=state.fills + 1,
+      head=state.head + real.sum(axis=1),
+      prompt=put(state.prompt, place, new),
+      taken=put(state.taken, place, _of(prompts.first, new)),
+      slots=cache,
   )
-  return state, state.head.sum() - (state.task < Q).sum()
+  return _admit(sizes, prompts, state)
 
 
-def _step(settings: Settings, params: dict, task_keys, slots: Slots, queue: Queue, state: State) -> State:
-  (_, Q), T = queue.slot.shape, settings.max_new_tokens
+def _prefill(settings, weights, tokens, place, cache):
+  """Keys and values of tokens[G, B, P] in the slots `place`. What padding and a prompt's last token write is unseen."""
+  model, (G, B, P) = settings.decoder, tokens.shape
+  flat = _by_rows(settings, tokens.reshape(G * B, P))
+  positions = jnp.broadcast_to(jnp.arange(P)[None, :], flat.shape)
+
+  def attend(ref, q, k, v, cache):
+    scale, softcap = model.config.score_scale(ref.config), model.config.attn_softcap
+    out = blockwise.causal(q, k, v, scale, ref.config.window, softcap)
+    groups = lambda x: x.reshape(G, B, *x.shape[1:])
+    return out, kv_cache.write_rows(cache, ref, groups(k), groups(v), place)
+
+  x = _by_rows(settings, model.embed(weights, flat))
+  return _place_cache(settings, 'prompt', model.run_layers(weights, x, positions, attend, cache)[1])
+
+
+# --- steps
+
+
+def _step(
+    settings: Settings, sizes: Sizes, weights: dict, task_keys, prompts: Prompts, queue: Queue, state: State
+) -> State:
+  Q = queue.visit.shape[1]
   t = state.clock - state.began
-  logits, ring = _logits(settings, params, slots, _of_task(queue.slot, state.task), t, state)
+  logits, ring = _logits(settings, sizes, weights, prompts, t, state)
 
-  flat = lambda values: _of_task(values, state.task).reshape(-1)
+  flat = lambda values: _of(values, state.task).reshape(-1)
   token, logp = decoding.sample(
       logits, keys.uniform(flat(task_keys), t.reshape(-1)), flat(queue.temperature), flat(queue.top_p),
       flat(queue.top_k), flat(queue.min_p),
@@ -188,84 +267,78 @@ def _step(settings: Settings, params: dict, task_keys, slots: Slots, queue: Queu
   # A row without a task has an index behind the end, so its writes are dropped.
   store = jax.vmap(lambda out, task, t, value: out.at[task, t].set(value, mode='drop'))
   count = jax.vmap(lambda out, task, value: out.at[task].set(value, mode='drop'))
-  done = t + 1 >= T
+  ends = t + 1 >= _of(queue.limit, state.task)
   for eos in settings.eos_ids:
-    done |= token == eos
+    ends |= token == eos
+  ends &= state.task < Q
   state = state._replace(
       clock=state.clock + 1,
+      done=state.done + ends.sum(axis=1),
+      task=jnp.where(ends, Q, state.task),
+      slot=jnp.where(ends, sizes.slots, state.slot),
       token=token,
       ring=ring,
       tokens=_by_rows(settings, store(state.tokens, state.task, t, token)),
       logp=_by_rows(settings, store(state.logp, state.task, t, logp)),
       length=_by_rows(settings, count(state.length, state.task, t + 1)),
   )
-  return _refill(slots, queue, state, done | (state.task == Q))
+  return _admit(sizes, prompts, state)
 
 
-def _logits(settings, params, slots, slot, t, state):
+def _logits(settings, sizes, weights, prompts, t, state):
   """float32[G * R, V] after every row has fed its token, and the ring with it."""
-  model, T = settings.model, settings.max_new_tokens
-  U, P = slots.tokens.shape[1:]
-  held = _of_task(slots.length, slot).reshape(-1) - 1  # the prompt without its last token
-  since = t.reshape(-1)
-  positions = held + since
-  age = (state.clock - jnp.arange(T)) % T
-  index = jnp.arange(P)
-  # Distance of each key from the row's query, and whether it is the row's own: the prompt, then the ring.
-  distance = jnp.concatenate(
-      [positions[:, None] - index[None, :], jnp.broadcast_to(age[None, :], (since.size, T))], axis=1
-  )
-  own = jnp.concatenate([index[None, :] < held[:, None], age[None, :] <= since[:, None]], axis=1)
+  model, T, P, W = settings.decoder, settings.max_new_tokens, prompts.tokens.shape[2], sizes.width
+  held = _of(prompts.length, state.prompt) - 1  # [G, S]: each slot's prompt without its last token
+  positions = (_of(held, state.slot) + t).reshape(-1)
+  seating = shared.seats(state.slot, sizes.slots, W)
+  index, age = jnp.arange(P)[None, None, :], ((state.clock - jnp.arange(T)) % T)[None, None, :]
+  seated = shared.move(positions, seating.row).reshape(-1, W, 1)
+  in_prompt = jnp.broadcast_to(index < held.reshape(-1, 1, 1), (held.size, W, P))
+  since_start = age <= t.reshape(-1, 1, 1)
 
   def attend(ref, q, k, v, ring):
     ring = kv_cache.write(ring, ref, k, v, state.clock % T)
-    mask = own if ref.config.window is None else own & (distance < ref.config.window)
-    prompt = [_rows_slots(leaf, slot, U) for leaf in kv_cache.read(slots.cache, ref)]
-    scale, cap = model.config.score_scale(ref.config), model.config.attn_softcap
-    return _attend(q, prompt, kv_cache.read(ring, ref), mask, scale, cap), ring
+    window, masks = ref.config.window, (in_prompt, since_start)
+    if window is not None:
+      masks = in_prompt & (seated - index < window), since_start & (age < window)
+    cached = kv_cache.read(state.slots, ref), kv_cache.read(ring, ref)
+    scale, softcap = model.config.score_scale(ref.config), model.config.attn_softcap
+    return shared.attend(q, *cached, seating, *masks, scale, softcap), ring
 
-  x = _by_rows(settings, model.embed(params, state.token.reshape(-1, 1)))
-  x, ring = model.run_layers(params, x, positions[:, None], attend, state.ring)
-  return model.unembed(params, x)[:, 0], _place_cache(settings, 'rows', ring)
-
-
-def _attend(q, prompt, ring, mask, scale, softcap):
-  """One query a row over two caches: scores side by side, one float32 softmax. `mask` is bool[R, P + T]."""
-  R, _, H, hk = q.shape
-  M, P = prompt[0].shape[1:3]
-  q = q.reshape(R, M, H // M, hk)
-  dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-  scores = jnp.concatenate([dot('RMGd,RMSd->RMGS', q, k.astype(q.dtype)) for k, _ in (prompt, ring)], axis=-1)
-  scores = attention.capped(scores * scale, softcap)
-  scores = jnp.where(mask[:, None, None, :], scores, jnp.finfo(jnp.float32).min)
-  weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)  # a row always sees the token it feeds
-  parts = zip((weights[..., :P], weights[..., P:]), (prompt[1], ring[1]))
-  out = sum(dot('RMGS,RMSd->RMGd', weight, v.astype(q.dtype)) for weight, v in parts)
-  return out.reshape(R, 1, H, out.shape[-1]).astype(q.dtype)
+  x = _by_rows(settings, model.embed(weights, state.token.reshape(-1, 1)))
+  x, ring = model.run_layers(weights, x, positions[:, None], attend, state.ring)
+  return model.unembed(weights, x)[:, 0], _place_cache(settings, 'rows', ring)
 
 
-def _refill(slots: Slots, queue: Queue, state: State, free) -> State:
-  """Rows that are `free` take the next tasks of their group, the lowest row first."""
-  Q = queue.slot.shape[1]
-  wanted = state.head[:, None] + jnp.cumsum(free, axis=1) - free
-  takes = free & (wanted < queue.count[:, None])
-  task = jnp.where(takes, wanted, jnp.where(free, Q, state.task))
-  slot = _of_task(queue.slot, task)
-  last = jax.vmap(lambda tokens, length, slot: tokens[slot, length[slot] - 1])(slots.tokens, slots.length, slot)
+def _admit(sizes: Sizes, prompts: Prompts, state: State) -> State:
+  """Free rows take waiting tasks, the lowest row and the earliest prompt first; prompts without a task leave."""
+  U = prompts.length.shape[1]
+  slots = jnp.arange(sizes.slots, dtype=jnp.int32)[None, None, :]
+  here = state.prompt < U
+  end = _of(prompts.first, state.prompt) + _of(prompts.number, state.prompt)
+  waiting = jnp.where(here, end - state.taken, 0)
+  seated = (state.slot[:, :, None] == slots).sum(axis=1)
+  offered = jnp.minimum(waiting, sizes.width - seated)
+  earlier = state.prompt[:, None, :] < state.prompt[:, :, None]
+  before = (earlier * offered[:, None, :]).sum(axis=2)  # tasks that are offered by earlier prompts
+  free = state.slot == sizes.slots
+  rank = (jnp.cumsum(free, axis=1) - 1)[:, :, None] - before[:, None, :]
+  gets = free[:, :, None] & (rank >= 0) & (rank < offered[:, None, :])  # [G, R, S], at most one slot a row
+  takes, taken = gets.any(axis=2), gets.sum(axis=1)
+  of_slot = lambda values: (gets * values).sum(axis=2, dtype=jnp.int32)
+  prompt = of_slot(state.prompt[:, None, :])
+  length = _of(prompts.length, prompt)
+  last = jax.vmap(lambda tokens, prompt, length: tokens[prompt, length - 1])(prompts.tokens, prompt, length)
   return state._replace(
-      task=task,
+      task=jnp.where(takes, of_slot(state.taken[:, None, :] + rank), state.task),
+      slot=jnp.where(takes, of_slot(slots), state.slot),
       token=jnp.where(takes, last, state.token),
       began=jnp.where(takes, state.clock, state.began),
-      head=state.head + takes.sum(axis=1),
+      taken=state.taken + taken,
+      prompt=jnp.where(waiting + seated > 0, state.prompt, U),
   )
 
 
-def _of_task(values, index):
-  """values[G, N] at index[G, R], group by group; behind the end, the last."""
+def _of(values, index):
+  """values[G, N, ...] at index[G, m], group by group; behind the end, the last."""
   return jax.vmap(lambda values, index: values[jnp.minimum(index, values.shape[0] - 1)])(values, index)
-
-
-def _rows_slots(leaf, slot, U):
-  """The slot of every row: [G * U, M, P, hd] at slot[G, R] -> [G * R, M, P, hd]."""
-  groups = leaf.reshape(slot.shape[0], U, *leaf.shape[1:])
-  return jax.vmap(lambda slots, slot: slots[slot])(groups, slot).reshape(slot.size, *leaf.shape[1:])

@@ -84,7 +84,7 @@ def make_learner_logits(model, params):
   return learner_logits
 
 
-def make_rig(config, **extra):
+def rig_of(config, **extra):
   model = Transformer(config)
   params = jax.jit(model.init)(jax.random.key(0))
   return types.SimpleNamespace(
@@ -97,7 +97,7 @@ def make_rig(config, **extra):
 def rig():
   """A windowed head layer and a period of global ones: enough for how the engine runs, quick to compile."""
   config = dataclasses.replace(tiny.model_config(), head=(tiny.LOCAL,), period=(tiny.GLOBAL,), remainder=())
-  return make_rig(config, tasks=make_tasks(np.arange(20) % 5, np.arange(20) // 5))
+  return rig_of(config, tasks=make_tasks(np.arange(20) % 5, np.arange(20) // 5))
 
 
 @pytest.fixture(scope='session')
@@ -108,7 +108,7 @@ def full():
   """
   prompt = np.repeat(np.arange(5), (9, 2, 4, 2, 3))
   tasks = make_tasks(prompt, np.arange(20), ((0.0, 1.0, 0, 0.0), (0.8, 0.9, 12, 0.01), (1.3, 1.0, 9, 0.05)))
-  rig = make_rig(tiny.model_config(), tasks=tasks)
+  rig = rig_of(tiny.model_config(), tasks=tasks)
   rig.rollouts = make_engine(rig.model, rows=3).generate(rig.params, rig.prompts, tasks)
   return rig
 
@@ -127,4 +127,9 @@ def latent():
       vocab_size=61, vocab_multiple=8, width=16, heads=4, kv_heads=4, head_dim=10, ffn=12, head=(dense,),
       period=(sparse,), num_periods=2, latent=Latent(rank=8, nope=6, rope=4, value=4, q_rank=6),
   )
-  return make_rig(config, tasks=make_tasks(np.arange(20) % 5, np.arange(20) // 5))
+  return rig_of(config, tasks=make_tasks(np.arange(20) % 5, np.arange(20) // 5))
+
+
+@pytest.fixture(scope='session')
+def make_rig():
+  return rig_of

@@ -105,6 +105,10 @@ def test_greedy_takes_the_lowest_id_on_ties_at_temperature_one():
   token, logp = sample(jnp.asarray(logits), jnp.asarray([0.99]), *arrays([(0.0, 0.5, 2, 0.5)]))
   assert token[0] == 1
   np.testing.assert_allclose(logp[0], jax.nn.log_softmax(logits[0])[1], rtol=1e-6)
+  far = np.full((2, 600), -1.0, np.float32)
+  far[0, [300, 255, 590]], far[1, [599, 512]] = 0.5, 0.5  # equal in different blocks of the two levels
+  token, _ = sample(jnp.asarray(far), jnp.zeros(2), *arrays([(0.0, 1.0, 0, 0.0)] * 2))
+  assert token.tolist() == [255, 512]
 
 
 # Seen to fail when the log-probability is renormalised over the tokens that truncation left.

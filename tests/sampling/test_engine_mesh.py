@@ -33,14 +33,15 @@ def test_caches_are_spread_over_the_whole_mesh(rig):
   mesh = sharding.make_mesh(dict(data=2, fsdp=2, tensor=2))
   engine = rig.engine(rig.model, rows=8, mesh=mesh)
   params = jax.device_put(rig.params, sharding.replicated(mesh))
-  _, *host = engine_module._deal(rig.prompts, rig.tasks, engine._settings.groups)
-  tokens, length, queue = sharding.to_device(host, sharding.batch_rows(mesh))
-  slots = loop.prefill(engine._settings, params, tokens, length)
-  state = loop.start(engine._settings, 2, slots, queue)
+  tasks = rig.tasks
+  _, *host = engine_module._deal(rig.prompts, tasks, np.full(20, 6), engine._settings.groups)
+  prompts, queue = sharding.to_device(host, sharding.batch_rows(mesh))
+  sizes = loop.Sizes(rows=2, slots=2, width=2, batch=2)
+  weights, state = loop.start(engine._settings, sizes, params, prompts, queue)
   root = np.zeros(2, np.uint32)
-  state, _ = loop.advance(engine._settings, params, root, slots, queue, state, np.int32(2))
+  state, _ = loop.advance(engine._settings, sizes, weights, root, prompts, queue, state, np.int32(2))
   promised = engine.cache_shardings(5, 8)
-  for name, cache in {'prompt': slots.cache, 'rows': state.ring}.items():
+  for name, cache in {'prompt': state.slots, 'rows': state.ring}.items():
     for (path, leaf), where in zip(sharding.leaf_paths(cache), jax.tree.leaves(promised[name]), strict=True):
       assert leaf.sharding.is_equivalent_to(where, leaf.ndim), (name, path)
       assert leaf.addressable_shards[0].data.size * 8 == leaf.size, (name, path)

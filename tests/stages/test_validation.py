@@ -276,6 +276,6 @@ def test_validation_compiles_nothing_anew_and_draws_other_tokens(config):
   for stage, examples in (('grpo', data.train[:4]), (grpo.VALIDATE, data.train[:2]), (grpo.VALIDATE, data.train[:2])):
     judged = grm.judge(grm.Judge(bind(stage, params), tok, settings), examples, samples=2, stage=stage)
     drawn.setdefault(stage, []).append([t.token_ids for group in judged.grouped for t in group])
-    sizes.append([program._cache_size() for program in (loop.prefill, loop.start, loop.advance)])
+    sizes.append([program._cache_size() for program in (loop.start, loop.advance)])
   assert sizes[0] == sizes[1] == sizes[2]
   assert drawn[grpo.VALIDATE][0] == drawn[grpo.VALIDATE][1] and drawn[grpo.VALIDATE][0] != drawn['grpo'][0][:4]

@@ -92,13 +92,14 @@ def write(cache: dict, ref: LayerRef, k: Float[Array, 'B T M hk'], v: Float[Arra
   return {**cache, ref.group: {**cache[ref.group], str(ref.j): layer}}
 
 
-def write_rows(cache: dict, ref: LayerRef, k: Float[Array, 'G b T M hd'], v: Float[Array, 'G b T M hd'], rows) -> dict:
+def write_rows(cache: dict, ref: LayerRef, k: Float[Array, 'G b T M hk'], v: Float[Array, 'G b T M hv'], rows) -> dict:
   """The cache with whole rows of one layer overwritten, in G groups: `rows[G, b]` within the group.
 
   The cache has G * n rows of T positions; a row of n or more is dropped.
   """
   layer = cache[ref.group][str(ref.j)]
-  layer = {'k': _put_rows(layer['k'], k, ref.i, rows), 'v': _put_rows(layer['v'], v, ref.i, rows)}
+  new = {'k': k, 'v': v, 'latent': k}
+  layer = {name: _put_rows(store, new[name], ref.i, rows) for name, store in layer.items()}
   return {**cache, ref.group: {**cache[ref.group], str(ref.j): layer}}
 
 

@@ -82,9 +82,9 @@ def test_logits_padding_and_greedy_text(case):
   np.testing.assert_array_equal(got['greedy'], expected['greedy'])
   for b, length in enumerate(lengths):
     plain = got['plain'][b, : length - 1]
-    np.testing.assert_allclose(got['padded'][b, : length - 1], plain, atol=2e-5)
-    np.testing.assert_allclose(got['padded'][B + b, T + extra - length :], plain, atol=2e-5)
-  np.testing.assert_allclose(got['alone'][0], got['plain'][1, : lengths[1] - 1], atol=2e-5)
+    np.testing.assert_allclose(got['padded'][b, : length - 1], plain, atol=1e-4)
+    np.testing.assert_allclose(got['padded'][B + b, T + extra - length :], plain, atol=1e-4)
+  np.testing.assert_allclose(got['alone'][0], got['plain'][1, : lengths[1] - 1], atol=1e-4)
 
 
 def test_rewards_of_a_sequence_classifier(case, tmp_path):

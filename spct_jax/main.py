@@ -5,6 +5,7 @@ Run it:
   python -m spct_jax.main --config=configs/spct_small.py:smoke --workdir=/tmp/smoke
   python -m spct_jax.main --config=configs/spct_small.py --workdir=/tmp/spct --config.seed=1
   python -m spct_jax.main --config=configs/spct_small.py --workdir=/tmp/spct --config.stage=sft
+  python -m spct_jax.main --config=configs/convert.py:do=inspect --config.model=FOLDER
 
   --config=PAGE.py[:CHOICES]  the page of numbers; a choice moves several fields at once
   --config.FIELD=VALUE        sets one field: --config.seed=3, --config.evaluate.ks='(1,8)'
@@ -99,11 +100,14 @@ def parse(argv: Sequence[str]) -> flags.FlagValues:
       raise ValueError(
         f'--config={page}: the page has no field {field!r}; every page needs stage, strict and mesh'
       )
-  if not settings.workdir:
+  from spct_jax import stages
+
+  if not settings.workdir and settings.config.stage not in stages.WITHOUT_WORKDIR:
     raise ValueError(
       '--workdir is missing; give the folder to write into, for example --workdir=/tmp/spct'
     )
-  settings.workdir = os.path.expanduser(settings.workdir)  # a shell leaves --workdir=~/x as it is
+  if settings.workdir:
+    settings.workdir = os.path.expanduser(settings.workdir)  # a shell leaves --workdir=~/x as it is
   several = [settings.coordinator, settings.num_processes, settings.process_id]
   if any(value is not None for value in several) and (None in several or settings.distributed):
     raise ValueError(
@@ -144,7 +148,7 @@ def _run(settings: flags.FlagValues) -> None:
     jax.distributed.initialize()
   elif settings.coordinator is not None:
     jax.distributed.initialize(settings.coordinator, settings.num_processes, settings.process_id)
-  if not os.environ.get('JAX_COMPILATION_CACHE_DIR'):
+  if settings.workdir and not os.environ.get('JAX_COMPILATION_CACHE_DIR'):
     # A run that is started again need not compile again.
     jax.config.update('jax_compilation_cache_dir', os.path.join(settings.workdir, 'xla_cache'))
   for number in (signal.SIGTERM, signal.SIGINT):  # jax.distributed takes SIGTERM for itself
@@ -153,6 +157,9 @@ def _run(settings: flags.FlagValues) -> None:
   mesh = sharding.make_mesh(dict(config.mesh))
   if workdir.is_writer():
     print('\n'.join(plan.describe(mesh)), flush=True)
+  if not settings.workdir:
+    stages.RUN[config.stage](config, None, mesh)
+    return
   with workdir.open_workdir(settings.workdir, config) as opened:
     try:
       stages.RUN[config.stage](config, opened, mesh)

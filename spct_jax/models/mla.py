@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from spct_jax.models.config import BlockConfig, ModelConfig
+from spct_jax.models.dense import whole
 from spct_jax.models.primitives import RMSNorm, dense, rope
 
 EPS = 1e-6
@@ -87,7 +88,4 @@ class _Matrix(nn.Module):
   def __call__(self):
     init = nn.initializers.lecun_normal(in_axis=0, out_axis=tuple(range(1, len(self.shape))))
     kernel = self.param('kernel', init, self.shape, jnp.dtype(self.param_dtype))
-    if self.has_variable('params', 'lora_a'):
-      a, b = (self.get_variable('params', name).astype(jnp.float32) for name in ('lora_a', 'lora_b'))
-      kernel = kernel.astype(jnp.float32) + jnp.tensordot(a, b, 1, precision='highest')
-    return kernel.astype(self.dtype)
+    return whole(self, kernel).astype(self.dtype)

@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from spct_jax.models.config import Experts, ModelConfig
+from spct_jax.models.dense import whole
 from spct_jax.models.primitives import ACTIVATIONS, dense
 
 LARGEST_BLOCK = 128  # rows of one product
@@ -87,7 +88,7 @@ class _Kernel(nn.Module):
   def __call__(self):
     # The experts' axis is a batch of kernels: it takes no part in the fan-in.
     init = nn.initializers.lecun_normal(batch_axis=tuple(range(len(self.shape) - 2)))
-    return self.param('kernel', init, self.shape, jnp.dtype(self.param_dtype))
+    return whole(self, self.param('kernel', init, self.shape, jnp.dtype(self.param_dtype)))
 
 
 class _Experts(nn.Module):

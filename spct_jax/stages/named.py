@@ -3,7 +3,7 @@
     base               config.model: its folder, or random weights of its shape
     sft, rft, grpo     what that stage of this workdir trained; meta_rm where a meta-RM is wanted
     FOLDER             a Hugging Face folder, or a PEFT folder (adapters, which name the folder of their base)
-    WORKDIR:STAGE      what a stage of another workdir trained
+    WORKDIR:STAGE      what a stage of another workdir trained; WORKDIR:convert is a model that was imported there
 
 `config.model.path` may be any of the last two. A name says which decoder it is (`root`), which files it depends on
 (`reads`) and what files and tables call it (`slug`, `label`); `loading` makes the parameters. Here only small files
@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 
 LANGUAGE = ('sft', 'rft', 'grpo')  # stages whose checkpoint is a language model
 TRAINED = (*LANGUAGE, 'meta_rm')
+IMPORTED = 'convert'  # the stage whose checkpoint is a model that was taken from a folder (config.model)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +54,8 @@ def find(config: Any, name: str, field: str = 'model') -> Model:
 
 def base_of(config: Any, model: Model) -> Model | None:
   """What a model was made from: a stage's init, an adapter's base; None where it stands by itself."""
+  if model.kind == 'stage' and model.stage == IMPORTED:
+    return find(model.config, 'base', 'model.path')
   if model.kind == 'stage':
     start = model.config[model.stage].init
     found = find(model.config, start, f'{model.stage}.init')
@@ -86,7 +89,9 @@ def root(config: Any, name: str, field: str = 'model') -> Model:
 
 def head_kind(config: Any, name: str, field: str = 'model') -> str:
   """'lm' or 'scalar': which head the model has."""
-  first, *_ = links = chain(config, name, field)
+  first = chain(config, name, field)[0]
+  if first.kind == 'stage' and first.stage == IMPORTED:
+    return head_kind(first.config, 'base', field)
   if first.kind == 'stage':
     return 'scalar' if first.stage == 'meta_rm' else 'lm'
   if first.kind == 'adapter':
@@ -94,7 +99,7 @@ def head_kind(config: Any, name: str, field: str = 'model') -> str:
     return peft.read_config(first.path).head_kind
   if first.kind == 'folder':
     from spct_jax.models import hf
-    return hf.read_config(links[0].path).head_kind
+    return hf.read_config(first.path).head_kind
   return 'lm'
 
 
@@ -107,8 +112,7 @@ def check(config: Any, name: str, field: str, kinds: tuple[str, ...]) -> None:
     )
   got = head_kind(config, name, field)
   if got not in kinds:
-    what = {'lm': 'a language model', 'scalar': 'a scalar reward model (…ForSequenceClassification with one label)'}
-    what['scalar'] = what['scalar'].replace('…', '*')
+    what = {'lm': 'a language model', 'scalar': 'a scalar reward model (*ForSequenceClassification with one label)'}
     raise ValueError(f'{field}: {name!r} is {what[got]}; needed is {" or ".join(what[kind] for kind in kinds)}')
   for model in chain(config, name, field):
     if model.kind == 'folder' and not any(pathlib.Path(model.path).glob('*.safetensors')):
@@ -124,6 +128,11 @@ def lora_rank(config: Any, stage: str) -> int:
   return config[stage].lora.rank if 'lora' in config[stage] else 0
 
 
+def is_adapters(model: Model) -> bool:
+  """Whether the link of a chain is adapters on the next one."""
+  return model.kind == 'adapter' or (model.kind == 'stage' and lora_rank(model.config, model.stage) > 0)
+
+
 def reads(config: Any, *names: str) -> tuple[str, ...]:
   """The files that the parameters called `names` depend on: records of training, and folders."""
   found: list[str] = []
@@ -133,7 +142,7 @@ def reads(config: Any, *names: str) -> tuple[str, ...]:
         found.append(model.path)
       elif model.kind == 'stage':
         found += _stage_reads(model)
-        if not lora_rank(model.config, model.stage):
+        if not is_adapters(model):
           break  # it holds every parameter: what it was made from no longer matters
   return tuple(dict.fromkeys(found))
 
@@ -150,7 +159,7 @@ def label(name: str) -> str:
   if name == 'base' or name in TRAINED:
     return name
   head, _, stage = name.rpartition(':')
-  if stage in TRAINED and head:
+  if stage in (*TRAINED, IMPORTED) and head:
     return f'{pathlib.PurePath(_normal(head)).name}-{stage}'
   return pathlib.PurePath(_normal(name)).name
 
@@ -168,13 +177,13 @@ def _folder(config, name, field):
   if not isinstance(name, str):
     raise ValueError(f'{field}: got {name!r}; allowed: the name of a model, or a folder')
   head, _, stage = name.rpartition(':')
-  if head and stage in TRAINED and not pathlib.Path(_normal(name)).is_dir():
+  if head and stage in (*TRAINED, IMPORTED) and not pathlib.Path(_normal(name)).is_dir():
     return _other(field, _normal(head), stage)
   path = pathlib.Path(_normal(name))
   if not path.is_dir():
+    names = '' if field == 'model.path' else ', '.join(map(repr, ('base', *TRAINED))) + ', '
     raise ValueError(
-        f'{field}: got the model {name!r}; allowed: {", ".join(map(repr, ("base", *TRAINED)))}, a folder (there is none '
-        'of this name), or WORKDIR:STAGE'
+        f'{field}: got the model {name!r}; allowed: {names}a folder (there is none of this name), or WORKDIR:STAGE'
     )
   if (path / 'adapter_config.json').is_file():
     return Model('adapter', str(path))
@@ -184,8 +193,9 @@ def _folder(config, name, field):
         f'{field}: the folder {name!r} holds no config.json and no adapter_config.json; give a Hugging Face folder, a '
         'PEFT folder, or WORKDIR:STAGE'
     )
-  if 'pipeline' in fields and 'stage' in fields:
-    raise ValueError(f'{field}: {name!r} is a workdir; say which of its models: {name}:STAGE with one of {", ".join(TRAINED)}')
+  if 'stage' in fields and ('pipeline' in fields or IMPORTED in fields):
+    models = TRAINED if 'pipeline' in fields else (IMPORTED,)
+    raise ValueError(f'{field}: {name!r} is a workdir; say which of its models: {name}:STAGE with one of {", ".join(models)}')
   return Model('folder', str(path))
 
 

@@ -1,6 +1,7 @@
 """What a run leaves on disk, and how the same command continues it (`DESIGN.md`, 'A workdir').
 
     W/config.json            the whole config, written at first use
+    W/chat_template.jinja    what frames every prompt: the tokenizer's own template, or the fallback
     W/metrics.jsonl          rows {stage, step, ...} of what is deterministic
     W/timing.jsonl           rows {stage, step, ...} of seconds and bytes
     W/tensorboard/<stage>/   both, for TensorBoard

@@ -14,7 +14,7 @@ next stage and the export.
 1. A scalar head learns whole: its kernel is in the adapters' tree, and starts as the base's. Its bias stays: it
    moves all rewards alike, and PEFT has no place for it.
 2. Adapters have no dropout: it would make a step depend on more than its batch.
-3. Experts and their routers cannot be adapted: stacked kernels have no place for a pair each, nor in PEFT.
+3. Each expert of a mixture has a pair of its own, added to its kernel in the layer; a router is never adapted.
 4. A is uniform within 1 / sqrt(fan-in), as PEFT draws it; the paper has a Gaussian.
 """
 
@@ -28,6 +28,7 @@ import jax.numpy as jnp
 from spct_jax import sharding
 from spct_jax.models import hf_names
 from spct_jax.models.config import ModelConfig
+from spct_jax.models.dense import low_rank
 from spct_jax.models.transformer import Transformer
 
 PAIR = ('lora_a', 'lora_b')
@@ -35,7 +36,7 @@ PAIR = ('lora_a', 'lora_b')
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """Which projections are adapted, and how. `targets` are names of projections, such as 'q' or 'mlp/up'."""
+  """Which projections are adapted, and how. `targets` are names of projections, such as 'q' or 'experts/up'."""
 
   rank: int
   alpha: float
@@ -56,16 +57,32 @@ class Settings:
     return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
-def kernels(model: Transformer) -> dict[str, tuple[tuple[int, ...], int]]:
-  """Every kernel that can be adapted: its path -> (shape of one layer's, how many of the axes are inputs)."""
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+  """The axes of a kernel: those that count matrices (periods, experts), and those of a matrix."""
+
+  stack: tuple[int, ...]
+  inputs: tuple[int, ...]
+  outputs: tuple[int, ...]
+
+  @property
+  def rank(self) -> int:
+    return min(math.prod(self.inputs), math.prod(self.outputs))
+
+
+def kernels(model: Transformer) -> dict[str, Kernel]:
+  """Every kernel of the blocks that can be adapted, by its path."""
   found = {}
   for path, leaf in sharding.leaf_paths(model.abstract_params()):
     parts = path.split('/')
-    if parts[0] not in ('head', 'period', 'remainder') or parts[-1] != 'kernel':
+    if parts[0] not in ('head', 'period', 'remainder') or parts[-1] != 'kernel' or parts[-2] == 'router':
       continue
-    if parts[-2] == 'router' or parts[-3] == 'experts':
-      continue
-    found[path] = (leaf.shape[1:] if parts[0] == 'period' else leaf.shape), hf_names.tensors_of(model.config, path)[1]
+    names, axes = hf_names.tensors_of(model.config, path)
+    stacked = 0
+    while not isinstance(names, str):
+      names, stacked = names[0], stacked + 1
+    shape = leaf.shape[stacked:]
+    found[path] = Kernel(leaf.shape[:stacked], shape[:axes], shape[axes:])
   return found
 
 
@@ -74,7 +91,7 @@ def projection(path: str) -> str:
   return '/'.join(path.split('/')[2:-1])
 
 
-def adapted(model: Transformer, settings: Settings) -> dict[str, tuple[tuple[int, ...], int]]:
+def adapted(model: Transformer, settings: Settings) -> dict[str, Kernel]:
   """The part of `kernels` that the targets name.
 
   Raises:
@@ -87,12 +104,11 @@ def adapted(model: Transformer, settings: Settings) -> dict[str, tuple[tuple[int
       known = dict.fromkeys(map(projection, every))
       raise ValueError(f'lora.targets: got {target!r}; this model has {", ".join(known)}')
   found = {path: kernel for path, kernel in every.items() if any(named(target, path) for target in settings.targets)}
-  for path, (shape, axes) in found.items():
-    least = min(math.prod(shape[:axes]), math.prod(shape[axes:]))
-    if settings.rank > least:
+  for path, kernel in found.items():
+    if settings.rank > kernel.rank:
       raise ValueError(
-          f'lora.rank: got {settings.rank}, but {projection(path)!r} is a matrix of rank {least}; allowed: up to {least}, '
-          'or leave it out of lora.targets'
+          f'lora.rank: got {settings.rank}, but {projection(path)!r} is a matrix of rank {kernel.rank}; allowed: up to '
+          f'{kernel.rank}, or leave it out of lora.targets'
       )
   return found
 
@@ -114,12 +130,11 @@ class Adapted:
   def init(self, key: jax.Array) -> dict:
     """Adapters that change nothing: A random, B zero; a scalar head is zero here, and the base's in `start`."""
     c, rank, tree = self.config, self.settings.rank, {}
-    for number, (path, (shape, axes)) in enumerate(adapted(self.model, self.settings).items()):
-      stack = (c.num_periods,) if path.startswith('period/') else ()
-      inputs, outputs = shape[:axes], shape[axes:]
-      bound = math.prod(inputs) ** -0.5
-      drawn = jax.random.uniform(jax.random.fold_in(key, number), (*stack, *inputs, rank), minval=-bound, maxval=bound)
-      put(tree, path, {'lora_a': drawn, 'lora_b': jnp.zeros((*stack, rank, *outputs))})
+    for number, (path, kernel) in enumerate(adapted(self.model, self.settings).items()):
+      bound = math.prod(kernel.inputs) ** -0.5
+      shape = (*kernel.stack, *kernel.inputs, rank)
+      drawn = jax.random.uniform(jax.random.fold_in(key, number), shape, minval=-bound, maxval=bound)
+      put(tree, path, {'lora_a': drawn, 'lora_b': jnp.zeros((*kernel.stack, rank, *kernel.outputs))})
     if c.head_kind == 'scalar':
       tree['reward'] = {'kernel': jnp.zeros((c.width, 1))}
     return tree
@@ -149,6 +164,39 @@ class Adapted:
   def apply(self, variables: dict, tokens: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
     """As `Transformer.apply`."""
     return self.model.apply({'params': self.join(variables['params'])}, tokens, lengths=lengths)
+
+
+def concatenate(parts: list[tuple[Adapted, dict]]) -> tuple[Adapted, dict]:
+  """Adapters trained one upon the other, the newest first, as one of the sum of their ranks and of scale 1.
+
+      s1 A1 B1 + s2 A2 B2 = [A1 A2] [s1 B1 ; s2 B2]
+
+  A kernel that one of them leaves alone has zeros in its part; a scalar head is the newest one's.
+  """
+  if len(parts) == 1:
+    return parts[0]
+  model = parts[0][0].model
+  every = kernels(model)
+  of = [adapted(part.model, part.settings) for part, _ in parts]
+  chosen = [path for path in every if any(path in kernels_ for kernels_ in of)]
+  rank = sum(part.settings.rank for part, _ in parts)
+  settings = Settings(rank, float(rank), tuple(dict.fromkeys(map(projection, chosen))), False)
+  adapted(model, settings)
+  tree = {name: leaf for name, leaf in parts[0][1].items() if name == 'reward'}
+  for path in chosen:
+    kernel, downs, ups = every[path], [], []
+    for (part, adapters), kernels_ in zip(parts, of):
+      r = part.settings.rank
+      node = adapters if path in kernels_ else {}
+      for name in path.split('/')[:-1] if node else ():
+        node = node[name]
+      blank = jnp.zeros((*kernel.stack, *kernel.inputs, r)), jnp.zeros((*kernel.stack, r, *kernel.outputs))
+      down, up = (node['lora_a'], part.settings.scale * node['lora_b']) if node else blank
+      downs.append(down)
+      ups.append(up)
+    pair = jnp.concatenate(downs, axis=-1), jnp.concatenate(ups, axis=len(kernel.stack))
+    put(tree, path, dict(zip(PAIR, pair)))
+  return Adapted(model, settings), tree
 
 
 def put(tree: dict, path: str, pair: dict) -> None:
@@ -192,6 +240,4 @@ def _merge(base, adapters, scale, dtype, stacked):
 
 
 def _sum(kernel, a, b, scale, dtype):
-  # The default precision of a float32 product is bfloat16 on TPUs and TF32 on GPUs.
-  product = jnp.tensordot(a, b, 1, precision='highest')
-  return (kernel.astype(jnp.float32) + scale * product).astype(dtype)
+  return (kernel.astype(jnp.float32) + scale * low_rank(a, b, kernel.ndim)).astype(dtype)

@@ -11,9 +11,9 @@ and that `lora` does not compute is an error, whether this file knows its name o
 
 import dataclasses
 import json
+import math
 import os
 import pathlib
-import shutil
 from typing import Any
 
 import jax
@@ -23,7 +23,7 @@ import safetensors
 import safetensors.numpy
 
 from spct_jax import sharding
-from spct_jax.models import hf_experts, hf_names
+from spct_jax.models import hf_experts, hf_folder, hf_names
 from spct_jax.models.transformer import Transformer
 from spct_jax.train import lora
 
@@ -126,7 +126,7 @@ def load(
     tensors = safetensors.numpy.load_file(path)
   except safetensors.SafetensorError as error:
     raise ValueError(f'{path}: not a whole safetensors file ({error})') from None
-  every = lora.kernels(model)
+  every = [where for where in lora.kernels(model) if 'experts' not in where.split('/')]
   places = {name: (kernel, leaf, i) for kernel in every for leaf, name, i in _names(model, kernel)}
   found = dict.fromkeys(lora.projection(places[name][0]) for name in tensors if name in places)
   if not found:
@@ -138,14 +138,13 @@ def load(
   head = _head(model)
   _check(path, wanted, tensors, head, kernels, config.rank)
   tree: dict = {}
-  for kernel, (shape, axes) in kernels.items():
-    pair = {}
+  for where, kernel in kernels.items():
+    pair, pairs = {}, hf_names.pairs(model.config, where)
     for leaf in lora.PAIR:
-      names = [name for which, name, _ in _names(model, kernel) if which == leaf]
-      pairs = hf_names.pairs(model.config, kernel) if leaf == 'lora_b' else 0
-      each = [_ours(tensors[name], leaf, shape, axes, config.rank, pairs) for name in names]
-      pair[leaf] = np.stack(each) if kernel.startswith('period/') else each[0]
-    lora.put(tree, kernel, pair)
+      names = [name for which, name, _ in _names(model, where) if which == leaf]
+      each = [_ours(tensors[name], leaf, kernel, config.rank, pairs) for name in names]
+      pair[leaf] = np.stack(each) if kernel.stack else each[0]
+    lora.put(tree, where, pair)
   if head in tensors:
     tree['reward'] = {'kernel': tensors[head].astype(np.float32).T}
   if mesh is None:
@@ -159,17 +158,20 @@ def save(folder: str | os.PathLike, adapted: lora.Adapted, adapters: dict, base:
   The folder appears whole or not at all. With several processes every one calls this and the first one writes.
 
   Raises:
-    ValueError: there is a folder of that name already, with something in it.
+    ValueError: there is a folder of that name already, with other things in it than a model; or experts are adapted.
   """
   folder, model, settings = pathlib.Path(folder), adapted.model, adapted.settings
-  if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-    raise ValueError(f'{folder}: is there already; give the name of a new folder')
   tensors = {}
-  for kernel, (_, axes) in lora.adapted(model, settings).items():
-    for leaf, name, i in _names(model, kernel):
-      value = sharding.to_host(_at(adapters, kernel)[leaf])
-      pairs = hf_names.pairs(model.config, kernel) if leaf == 'lora_b' else 0
-      tensors[name] = _theirs(value if i is None else value[i], leaf, axes, pairs)
+  for where in lora.adapted(model, settings):
+    if where.split('/')[-2] in ('gate', 'up', 'down') and any(layer.experts for layer in model.config.layers):
+      # It takes every target that ends in gate_proj, up_proj or down_proj for the experts, which it holds fused.
+      raise ValueError(
+          f'{lora.projection(where)!r} is adapted in a mixture of experts, where PEFT knows attention alone by modules; '
+          'export the merged model (models.hf.save), or leave gate, up and down out of lora.targets'
+      )
+    for leaf, name, i in _names(model, where):
+      value = sharding.to_host(_at(adapters, where)[leaf])
+      tensors[name] = _theirs(value if i is None else value[i], leaf, hf_names.pairs(model.config, where))
   fields = {
       'peft_type': 'LORA',
       'task_type': TASKS[model.config.head_kind],
@@ -189,12 +191,10 @@ def save(folder: str | os.PathLike, adapted: lora.Adapted, adapters: dict, base:
     tensors[_head(model)] = np.ascontiguousarray(sharding.to_host(adapters['reward']['kernel']).T)
   if jax.process_index():
     return
-  partial = folder.with_name(f'.{folder.name}.partial')
-  shutil.rmtree(partial, ignore_errors=True)
-  partial.mkdir(parents=True)
-  safetensors.numpy.save_file(tensors, partial / WEIGHTS, metadata={'format': 'pt'})
-  (partial / CONFIG).write_text(json.dumps(fields, indent=2) + '\n', encoding='utf-8')
-  os.replace(partial, folder)
+  with hf_folder.replacing(folder) as partial:
+    entries = [(name, 'float32', tensors[name].shape) for name in sorted(tensors)]
+    hf_folder.write_tensors(partial / WEIGHTS, entries, (tensors[name] for name in sorted(tensors)))
+    hf_folder.write_json(partial / CONFIG, fields)
 
 
 def _names(model, kernel):
@@ -215,22 +215,26 @@ def _modules(model, settings):
   """Names of the adapted modules as short as they are their own: 'q_proj', or 'mlp.gate_proj' beside another gate_proj."""
   def of(path):
     tensor, _ = hf_names.tensors_of(model.config, path)
-    return (tensor if isinstance(tensor, str) else tensor[0]).removesuffix('.weight').split('.')
+    while not isinstance(tensor, str):
+      tensor = tensor[0]
+    return tensor.removesuffix('.weight').split('.')
 
   chosen = lora.adapted(model, settings)
   others = {of(path)[-1] for path in lora.kernels(model) if path not in chosen}
   return sorted({name[-1] if name[-1] not in others else '.'.join(name[-2:]) for name in map(of, chosen)})
 
 
-def _ours(value, leaf, shape, axes, rank, pairs):
+def _ours(value, leaf, kernel, rank, pairs):
   value = np.ascontiguousarray(value.T.astype(np.float32))
-  return hf_experts.to_halves(value.reshape((*shape[:axes], rank) if leaf == 'lora_a' else (rank, *shape[axes:])), pairs)
+  if leaf == 'lora_a':
+    return value.reshape(*kernel.inputs, rank)
+  return hf_experts.to_halves(value.reshape(rank, *kernel.outputs), pairs)
 
 
-def _theirs(value, leaf, axes, pairs):
-  value = hf_experts.to_pairs(value, pairs)
-  rows = int(np.prod(value.shape[: axes if leaf == 'lora_a' else 1]))
-  return np.ascontiguousarray(value.reshape(rows, -1).T)
+def _theirs(value, leaf, pairs):
+  if leaf == 'lora_a':
+    return np.ascontiguousarray(value.reshape(-1, value.shape[-1]).T)
+  return np.ascontiguousarray(hf_experts.to_pairs(value, pairs).reshape(value.shape[0], -1).T)
 
 
 def _at(tree, kernel):
@@ -249,8 +253,7 @@ def _check(path, wanted, tensors, head, kernels, rank):
         f'{len(extra)} without a place ({some(extra) or "none"})'
     )
   for name, (kernel, leaf) in wanted.items():
-    shape, axes = kernels[kernel]
-    inputs, outputs = int(np.prod(shape[:axes])), int(np.prod(shape[axes:]))
+    inputs, outputs = (math.prod(axes) for axes in (kernels[kernel].inputs, kernels[kernel].outputs))
     allowed = (rank, inputs) if leaf == 'lora_a' else (outputs, rank)
     if tensors[name].shape != allowed:
       raise ValueError(f'{path}: tensor {name} has shape {tensors[name].shape}; the model and r={rank} ask for {allowed}')

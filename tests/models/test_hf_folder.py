@@ -104,7 +104,7 @@ MOMENTS = ('while it is written', 'while it is flushed', 'before the exchange', 
            'two renames')  # fmt: skip
 
 
-# Mutations seen to fail: files written into the folder itself; leftovers not cleaned; the new one not flushed whole.
+# Mutations seen to fail: leftovers not cleaned; another name for the folder that is being written; nothing flushed.
 def test_a_killed_program_leaves_the_old_model_or_the_new_one(tmp_path):
   script = KILLED.format(root=str(ROOT), moments=MOMENTS, place=str(tmp_path))
   done = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True, timeout=120)
@@ -197,7 +197,7 @@ def test_a_link_keeps_leading_to_the_model(tmp_path):
 # --- what is written
 
 
-# Mutations seen to fail: a cast on the way; q_norm named by another family.
+# Mutation seen to fail: values rounded through float16 on the way out.
 @pytest.mark.parametrize('head_kind', ['lm', 'scalar'])
 @pytest.mark.parametrize('dtype', ['bfloat16', 'float16', 'float32'])
 def test_unchanged_weights_are_the_same_bytes(tmp_path, head_kind, dtype):

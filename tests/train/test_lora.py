@@ -1,7 +1,8 @@
 """Adapters against numpy, against merged weights and against the base that they leave alone.
 
-Mutations seen to fail here: the scale as rank / alpha or without rsLoRA's root; B scaled twice; A or B turned over its
-heads; B drawn as A is; the frozen base updated with the adapters; gradients taken of base and adapters together.
+Mutations seen to fail here: the scale as rank / alpha, without rsLoRA's root, on A as well as B, left out of the merged
+weights; B not zero at the start; the dtype of the merged weights ignored. Gradients of the base are seen by the test
+of shapes where they are taken, which it does itself.
 """
 
 import dataclasses
@@ -14,10 +15,11 @@ import numpy as np
 import pytest
 
 from spct_jax import pages, sharding
+from spct_jax.models.config import Experts, Latent
 from spct_jax.models.dense import Dense
 from spct_jax.models.transformer import Transformer
 from spct_jax.testing import tiny
-from spct_jax.train import checkpoint, lora, objectives, optim, state as states, update
+from spct_jax.train import checkpoint, lora, objectives, optim, peft, state as states, update
 
 ALL = ('q', 'k', 'v', 'o', 'gate', 'up', 'down')
 SETTINGS = lora.Settings(rank=2, alpha=6.0, targets=ALL, rslora=False)
@@ -59,7 +61,7 @@ def test_forward_and_gradients_by_numpy(inputs, outputs, rslora, scale):
 
 @pytest.mark.parametrize('head_kind', ['lm', 'scalar'])
 def test_it_starts_as_the_base_and_computes_what_the_merged_weights_do(head_kind):
-  model = Transformer(tiny.model_config(head_kind=head_kind, remat=True))
+  model = tiny.small_model(head_kind=head_kind) if head_kind == 'scalar' else Transformer(tiny.model_config())
   adapted = lora.Adapted(model, SETTINGS)
   base = jax.jit(model.init)(jax.random.key(0))
   start = jax.jit(adapted.start)(jax.random.key(1), base)
@@ -81,6 +83,35 @@ def test_it_starts_as_the_base_and_computes_what_the_merged_weights_do(head_kind
   untouched = lambda tree: {p: leaf for p, leaf in sharding.leaf_paths(tree) if not p.endswith('kernel')}
   for path, leaf in untouched(merged).items():
     np.testing.assert_array_equal(leaf, untouched(base)[path])
+
+
+def test_each_expert_and_the_latent_have_their_own(tmp_path):
+  latent = Latent(rank=8, nope=4, rope=4, value=6, q_rank=None)
+  experts = Experts(count=3, top_k=2, ffn=12, renormalise=True, groups=1, top_groups=1, scale=1.0, shared_ffn=10)
+  plain = tiny.small_model().config
+  model = Transformer(dataclasses.replace(
+      plain, latent=latent, head_dim=8, period=(dataclasses.replace(plain.period[0], experts=experts),)
+  ))
+  settings = lora.Settings(2, 4.0, ('q', 'kv_up', 'experts/gate', 'experts/down', 'shared/up'), False)
+  assert not [path for path in lora.kernels(model) if 'router' in path]
+  adapted = lora.Adapted(model, settings)
+  base = jax.jit(model.init)(jax.random.key(0))
+  start = jax.jit(adapted.init)(jax.random.key(1))
+  assert start['period']['0']['moe']['experts']['gate']['lora_b'].shape == (2, 3, 2, 12)
+  tokens = np.random.default_rng(0).integers(0, 61, (2, 9))
+  out = jax.jit(lambda adapters: adapted.apply({'params': {'frozen': base, 'adapters': adapters}}, tokens))
+  plain = jax.jit(lambda params: model.apply({'params': params}, tokens))
+  np.testing.assert_array_equal(out(start), plain(base))
+  moved = filled(start)
+  merged = jax.jit(lora.merge, static_argnums=2)(base, moved, settings)
+  np.testing.assert_allclose(out(moved), plain(merged), rtol=1e-4, atol=1e-4)
+  gradients = jax.jit(jax.grad(lambda adapters: jnp.sum(out(adapters)[:, :, :7])))(moved)
+  assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(gradients))
+  mesh = sharding.make_mesh({'data': 2, 'fsdp': 2, 'tensor': 2})
+  spec = sharding.tree_shardings(adapted.abstract_params(), pages.sharding().rules, mesh)
+  assert tuple(spec['period']['0']['moe']['experts']['gate']['lora_b'].spec) == (None, None, None, 'tensor')
+  with pytest.raises(ValueError, match='is adapted in a mixture of experts, where PEFT knows attention alone'):
+    peft.save(tmp_path / 'adapter', adapted, moved, 'base')
 
 
 def test_a_bfloat16_base_does_not_round_the_adapters_away():

@@ -17,8 +17,12 @@ transformers = pytest.importorskip('transformers')
 peft = pytest.importorskip('peft')
 
 MODULES = {'q': 'q_proj', 'k': 'k_proj', 'v': 'v_proj', 'o': 'o_proj', 'gate': 'gate_proj', 'up': 'up_proj', 'down': 'down_proj'}
+LATENT = {'q_up': 'q_b_proj', 'kv_down': 'kv_a_proj_with_mqa', 'kv_up': 'kv_b_proj', 'o': 'o_proj'}
+MODULES |= LATENT
 CASES = [
-    ('Llama', 'lm', tuple(MODULES), 3, 7, False),
+    ('Llama', 'lm', ('q', 'k', 'v', 'o', 'gate', 'up', 'down'), 3, 7, False),
+    ('Gemma2', 'lm', ('q', 'v', 'o', 'up'), 2, 4, False),
+    ('DeepseekV2', 'lm', tuple(LATENT), 2, 5, False),
     ('Qwen2', 'lm', ('q', 'o', 'down'), 5, 3, True),
     ('Llama', 'scalar', ('k', 'v', 'o', 'up'), 2, 16, False),
 ]
@@ -27,10 +31,15 @@ CASES = [
 def theirs(family, head_kind, targets, rank, alpha, rslora, folder):
   """(PEFT's model around a tiny random one, the folder of the base)."""
   torch.manual_seed(0)
-  config = getattr(transformers, f'{family}Config')(
+  latent = dict(
+      head_dim=4, num_key_value_heads=6, kv_lora_rank=8, q_lora_rank=6, qk_rope_head_dim=4, qk_nope_head_dim=6,
+      v_head_dim=4, n_routed_experts=4, num_experts_per_tok=2, n_shared_experts=1, moe_intermediate_size=12,
+      first_k_dense_replace=1, topk_method='greedy', norm_topk_prob=False,
+  )
+  config = getattr(transformers, f'{family}Config')(**dict(
       vocab_size=61, hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=6,
       num_key_value_heads=3, head_dim=8, num_labels=1, pad_token_id=0, tie_word_embeddings=False,
-  )
+  ) | (latent if family == 'DeepseekV2' else {}))
   kind = {'lm': 'ForCausalLM', 'scalar': 'ForSequenceClassification'}[head_kind]
   base = getattr(transformers, family + kind)(config).eval()
   base.save_pretrained(folder)
@@ -62,7 +71,8 @@ def test_logits_gradients_and_folders(family, head_kind, targets, rank, alpha, r
   decoder, base = hf.load(tmp_path / 'base')
   adapted, adapters = folders.load(tmp_path / 'adapter', decoder)
   assert adapted.settings == lora.Settings(rank, alpha, adapted.settings.targets, rslora)
-  assert set(adapted.settings.targets) == set(targets)
+  found = set(lora.adapted(decoder, adapted.settings))
+  assert found == set(lora.adapted(decoder, dataclasses.replace(adapted.settings, targets=targets)))
 
   tokens = np.random.default_rng(0).integers(1, 61, (2, 12))
   out = lambda adapters: adapted.apply({'params': {'frozen': base, 'adapters': adapters}}, tokens)

@@ -65,7 +65,8 @@ def config(family: str, seed: int, *, head_kind: str = 'lm') -> dict:
     fields['attn_logit_softcapping'] = pick(None, *2 * [float(rng.uniform(0.5, 5))])
   ropes = _ropes(rng, pick)
   if row.rope == 'one':
-    fields['rope_parameters'] = ropes[seed % len(ropes)]
+    # DeepSeek's first is the one of its released models.
+    fields['rope_parameters'] = ropes[(seed + 4 * (family == 'deepseek_v2')) % len(ropes)]
   elif seed % 2:
     plain = ropes[seed % len(ropes)]
     fields |= {'rope_theta': plain.pop('rope_theta'), 'rope_local_base_freq': float(rng.uniform(5, 50))}
@@ -89,7 +90,8 @@ def _experts(family, rng, pick, layers, seed):
   if family not in ('mixtral', 'qwen3_moe', 'deepseek_v2'):
     return {}
   count, ffn = pick(3, 4, 6), int(rng.integers(5, 20))
-  top_k = int(rng.integers(1, count + 1))
+  # Of one that is renormalised the weight is 1, and the router's gradient nothing but rounding.
+  top_k = int(rng.integers(1 if family == 'deepseek_v2' else 2, count))
   if family == 'mixtral':
     return {'num_local_experts': count, 'num_experts_per_tok': top_k}
   if family == 'qwen3_moe':
@@ -107,9 +109,9 @@ def _experts(family, rng, pick, layers, seed):
   greedy = {'topk_method': 'greedy', 'n_routed_experts': count, 'num_experts_per_tok': top_k}
   return {
       **(limited if seed % 2 else greedy),
-      'moe_intermediate_size': ffn, 'n_shared_experts': pick(1, 2), 'first_k_dense_replace': pick(0, 1, 1),
+      'moe_intermediate_size': ffn, 'n_shared_experts': pick(1, 2), 'first_k_dense_replace': (1, 0, 2)[seed % 3],
       'routed_scaling_factor': pick(1.0, 2.5), 'norm_topk_prob': False,
-      'q_lora_rank': pick(5, 7) if seed % 2 else None, 'kv_lora_rank': pick(6, 8), 'qk_nope_head_dim': pick(2, 6),
+      'q_lora_rank': pick(5, 7) if seed // 2 % 2 else None, 'kv_lora_rank': pick(6, 8), 'qk_nope_head_dim': pick(2, 6),
       'qk_rope_head_dim': pick(4, 6), 'v_head_dim': pick(4, 7),
   }
 
@@ -145,5 +147,7 @@ def tensor(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
     size = 0.2 if 'embed_tokens' in name else shape[-1] ** -0.5
     if name.endswith('.gate.weight'):  # a router that decides clearly: where two experts tie, rounding chooses
       size *= 3
+    if name.endswith('_b_proj.weight'):  # what is made of a latent, which is normed: small, or models magnify rounding
+      size *= 0.7
     return (1.5 * size * draw).astype(np.float32)
   return ((0.3 * draw) + (1.0 if 'norm' in name else 0.0)).astype(np.float32)

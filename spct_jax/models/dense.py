@@ -13,6 +13,9 @@ import math
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+Array = jax.Array | np.ndarray
 
 
 class Dense(nn.Module):
@@ -44,7 +47,7 @@ class Dense(nn.Module):
     return nn.initializers.lecun_normal()(key, matrix, self.param_dtype).reshape(self.inputs + self.outputs)
 
 
-def low_rank(a: jax.Array, b: jax.Array, axes: int) -> jax.Array:
+def low_rank(a: Array, b: Array, axes: int) -> jax.Array:
   """[*stack, *in, r] times [*stack, r, *out], as a kernel of `axes` axes has them."""
   product = lambda a, b: jnp.tensordot(a, b, 1, precision='highest')  # by default bfloat16 on TPUs, TF32 on GPUs
   for _ in range(a.ndim + b.ndim - 2 - axes):
@@ -52,7 +55,7 @@ def low_rank(a: jax.Array, b: jax.Array, axes: int) -> jax.Array:
   return product(a, b)
 
 
-def whole(module: nn.Module, kernel: jax.Array) -> jax.Array:
+def whole(module: nn.Module, kernel: Array) -> Array:
   """The kernel of a module, in float32 with the addition that its parameters hold."""
   if not module.has_variable('params', 'lora_a'):
     return kernel

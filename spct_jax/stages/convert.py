@@ -30,7 +30,7 @@ from spct_jax.models.transformer import Transformer
 from spct_jax.stages import loading, named, plan, processes
 from spct_jax.stages.workdir import Workdir, commit, version
 from spct_jax.text import tokenizer as tokenizers
-from spct_jax.train import checkpoint, lora, peft
+from spct_jax.train import checkpoint, peft
 
 READS = ()
 WRITES = ()
@@ -152,20 +152,18 @@ def _export(config, given, workdir, mesh):
 
 def _export_adapters(given, to, mesh):
   first = given.links[0]
-  if first.kind != 'stage' or not named.lora_rank(first.config, first.stage):
+  below = next(link for link in given.links if not named.is_adapters(link))
+  if below is first:
     raise ValueError(
         'convert.adapters: peft writes the adapters that a stage trained, and this model has none of its own; give '
         'WORKDIR:STAGE of a stage with lora.rank, or adapters=merge'
     )
-  if not given.source or given.links[1].kind != 'folder':
+  if below.kind != 'folder':
     raise ValueError(
-        f'convert.adapters: these adapters are on {given.links[1].kind} weights, and the PEFT layout names a folder as '
-        'its base; export the base first and train on that folder, or take adapters=merge'
+        f'convert.adapters: these adapters are on {below.kind} weights, and the PEFT layout names a folder as its base; '
+        'export the base first and train on that folder, or take adapters=merge'
     )
-  adapted = lora.Adapted(given.decoder, loading.lora_settings(first.config, first.stage))
-  rules = loading.rules(given.config.sharding.rules)
-  layout = sharding.tree_shardings(adapted.abstract_params(), rules, mesh)
-  adapters = checkpoint.load_params(named.checkpoint(first, None), adapted, layout, key=jax.random.key(0))
+  adapted, adapters, _ = loading.adapters(given.config, given.links, given.decoder, None, mesh)
   peft.save(to, adapted, adapters, base=given.source)
   processes.say(f'exported: {to}, adapters on {given.source}')
 

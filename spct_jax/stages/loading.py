@@ -291,36 +291,61 @@ def _params(config, links, decoder, workdir, mesh):
       return imported
     start = fresh(key)
     return {**{k: v for k, v in imported.items() if k in start}, 'reward': start['reward']}
-  if first.kind == 'stage':
-    folder = named.checkpoint(first, None if workdir is None else workdir.path)
-    done = folder.parent / 'DONE.json'
-    if not processes.as_writer_says(done.exists, what=f'looking for {done}'):
-      raise ValueError(
-          f'model {first.stage!r}: {folder} holds no finished training; run --config.stage={first.stage} on this '
-          'workdir first'
-      )
-    settings = lora_settings(first.config, first.stage)
-    if settings is None:
-      return checkpoint.load_params(folder, decoder, layout, key=key)
-    processes.as_writer_says(lambda: _check_base(done, below), what=f'the base of {first.stage}')
-    adapted = lora.Adapted(with_head(decoder, 'scalar' if first.stage == 'meta_rm' else 'lm'), settings)
-    where = sharding.tree_shardings(adapted.abstract_params(), rules(config.sharding.rules), mesh)
-    adapters = checkpoint.load_params(folder, adapted, where, key=key)
-  else:
-    from spct_jax.train import peft
-    kind = peft.read_config(first.path).head_kind
-    adapted, adapters = peft.load(first.path, with_head(decoder, kind), mesh, rules(config.sharding.rules))
+  if not named.is_adapters(first):
+    return checkpoint.load_params(_finished(first, workdir), decoder, layout, key=key)
+  adapted, learnt = _adapters(config, links, decoder, workdir, mesh)
   base = _params(config, below, decoder, workdir, mesh)
   # The base is given up: on top of the merged parameters there is never a whole second copy.
   merge = jax.jit(lora.merge, static_argnums=2, out_shardings=layout, donate_argnums=0)
-  return merge(base, adapters, adapted.settings)
+  return merge(base, learnt, adapted.settings)
+
+
+def adapters(
+    config: Any, links: tuple[named.Model, ...], decoder: Transformer, workdir: Workdir | None, mesh: Any
+) -> tuple[lora.Adapted, Any, named.Model]:
+  """(adapted model, adapters, what they are on) of a chain of names that begins with adapters.
+
+  Adapters upon adapters are put together as one (`lora.concatenate`).
+  """
+  parts = []
+  while named.is_adapters(links[0]):
+    parts.append(_adapters(config, links, decoder, workdir, mesh))
+    links = links[1:]
+  return *lora.concatenate(parts), links[0]
+
+
+def _adapters(config, links, decoder, workdir, mesh):
+  """The adapters of the first of the links."""
+  first, *below = links
+  if first.kind == 'adapter':
+    from spct_jax.train import peft
+    kind = peft.read_config(first.path).head_kind
+    return peft.load(first.path, with_head(decoder, kind), mesh, rules(config.sharding.rules))
+  folder = _finished(first, workdir)
+  processes.as_writer_says(lambda: _check_base(folder.parent / 'DONE.json', below), what=f'the base of {first.stage}')
+  model_ = with_head(decoder, 'scalar' if first.stage == 'meta_rm' else 'lm')
+  adapted = lora.Adapted(model_, lora_settings(first.config, first.stage))
+  layout = sharding.tree_shardings(adapted.abstract_params(), rules(config.sharding.rules), mesh)
+  return adapted, checkpoint.load_params(folder, adapted, layout, key=jax.random.key(config.seed))
+
+
+def _finished(link, workdir):
+  """The checkpoints of a finished stage."""
+  folder = named.checkpoint(link, None if workdir is None else workdir.path)
+  done = folder.parent / 'DONE.json'
+  if not processes.as_writer_says(done.exists, what=f'looking for {done}'):
+    raise ValueError(
+        f'model {link.stage!r}: {folder} holds no finished training; run --config.stage={link.stage} on this workdir '
+        'first'
+    )
+  return folder
 
 
 def _check_base(done, below):
   """The folders that adapters were trained on must hold what they held then."""
   recorded = json.loads(done.read_text(encoding='utf-8'))['fingerprint']['inputs']
   for model_ in below:
-    if model_.kind == 'stage' and not named.lora_rank(model_.config, model_.stage):
+    if model_.kind == 'stage' and not named.is_adapters(model_):
       break
     if model_.kind in ('folder', 'adapter') and recorded.get(model_.path) not in (None, content(model_.path)):
       raise ValueError(

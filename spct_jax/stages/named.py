@@ -128,6 +128,11 @@ def lora_rank(config: Any, stage: str) -> int:
   return config[stage].lora.rank if 'lora' in config[stage] else 0
 
 
+def is_adapters(model: Model) -> bool:
+  """Whether the link of a chain is adapters on the next one."""
+  return model.kind == 'adapter' or (model.kind == 'stage' and lora_rank(model.config, model.stage) > 0)
+
+
 def reads(config: Any, *names: str) -> tuple[str, ...]:
   """The files that the parameters called `names` depend on: records of training, and folders."""
   found: list[str] = []
@@ -137,7 +142,7 @@ def reads(config: Any, *names: str) -> tuple[str, ...]:
         found.append(model.path)
       elif model.kind == 'stage':
         found += _stage_reads(model)
-        if not lora_rank(model.config, model.stage):
+        if not is_adapters(model):
           break  # it holds every parameter: what it was made from no longer matters
   return tuple(dict.fromkeys(found))
 

@@ -166,6 +166,39 @@ class Adapted:
     return self.model.apply({'params': self.join(variables['params'])}, tokens, lengths=lengths)
 
 
+def concatenate(parts: list[tuple[Adapted, dict]]) -> tuple[Adapted, dict]:
+  """Adapters trained one upon the other, the newest first, as one of the sum of their ranks and of scale 1.
+
+      s1 A1 B1 + s2 A2 B2 = [A1 A2] [s1 B1 ; s2 B2]
+
+  A kernel that one of them leaves alone has zeros in its part; a scalar head is the newest one's.
+  """
+  if len(parts) == 1:
+    return parts[0]
+  model = parts[0][0].model
+  every = kernels(model)
+  of = [adapted(part.model, part.settings) for part, _ in parts]
+  chosen = [path for path in every if any(path in kernels_ for kernels_ in of)]
+  rank = sum(part.settings.rank for part, _ in parts)
+  settings = Settings(rank, float(rank), tuple(dict.fromkeys(map(projection, chosen))), False)
+  adapted(model, settings)
+  tree = {name: leaf for name, leaf in parts[0][1].items() if name == 'reward'}
+  for path in chosen:
+    kernel, downs, ups = every[path], [], []
+    for (part, adapters), kernels_ in zip(parts, of):
+      r = part.settings.rank
+      node = adapters if path in kernels_ else {}
+      for name in path.split('/')[:-1] if node else ():
+        node = node[name]
+      blank = jnp.zeros((*kernel.stack, *kernel.inputs, r)), jnp.zeros((*kernel.stack, r, *kernel.outputs))
+      down, up = (node['lora_a'], part.settings.scale * node['lora_b']) if node else blank
+      downs.append(down)
+      ups.append(up)
+    pair = jnp.concatenate(downs, axis=-1), jnp.concatenate(ups, axis=len(kernel.stack))
+    put(tree, path, dict(zip(PAIR, pair)))
+  return Adapted(model, settings), tree
+
+
 def put(tree: dict, path: str, pair: dict) -> None:
   """Places the adapters of the kernel at `path`."""
   *above, _ = path.split('/')

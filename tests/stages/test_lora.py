@@ -1,7 +1,7 @@
 """A whole scripted run on adapters: every training stage learns them, and the reference is the base with them off.
 
 Mutations seen to fail here: the reference with its adapters on; a second copy of the base in GRPO; the sampler given
-the base; the next stage given the base without what was learnt; the base read again with another seed.
+the base.
 """
 
 import gc

@@ -3,8 +3,8 @@
 Folders are written as other software would leave them; stages of other workdirs are a checkpoint and two records.
 
 Mutations seen to fail here: a folder's weights left out of what a stage depends on; the scalar head of a folder drawn
-fresh; adapters of a folder not merged; a base that changed under its adapters let pass; any tokenizer taken for the
-model's; two folders of one name sharing a file.
+fresh; adapters not merged; B of a PEFT folder read as it lies; a base that changed under its adapters let pass; any
+tokenizer taken for the model's; two folders of one name sharing a file.
 """
 
 import json
@@ -135,6 +135,31 @@ def test_adapters_of_a_stage_are_on_the_base_that_they_were_trained_on(config, t
   write(tmp_path / 'whole', decoder, 5)
   with pytest.raises(ValueError, match='trained on the model in .*whole, which has changed since'):
     load(config, name, tok, mesh)
+
+
+def test_adapters_upon_adapters_are_one(config, tok, mesh, tmp_path):
+  # Seen to fail: B without its scale; the parts in another order in A than in B.
+  decoder = loading.model(config, tok)
+  params = jax.tree.map(np.asarray, write(tmp_path / 'whole', decoder, 1))
+  for stage, init, rank, targets in (('sft', str(tmp_path / 'whole'), 2, ('q', 'down')), ('rft', 'sft', 3, ('q', 'o'))):
+    config[stage].init, config[stage].lora.rank, config[stage].lora.targets = init, rank, targets
+  config.sft.lora.rslora = True
+  merged = params
+  for stage, seed in (('sft', 1), ('rft', 2)):
+    trained = loading.learner(config, stage, decoder)
+    rng = np.random.default_rng(seed)
+    adapters = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), trained.abstract_params())
+    write_stage(tmp_path / 'w', config, stage, decoder, adapters, trained)
+    merged = lora.merge(merged, adapters, trained.settings)
+  name = f'{tmp_path / "w"}:rft'
+  _, loaded = load(config, name, tok, mesh)
+  near = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+  jax.tree.map(near, loaded, merged)
+  adapted, adapters, below = loading.adapters(config, named.chain(config, name), decoder, None, mesh)
+  assert adapted.settings.rank == 5 and set(adapted.settings.targets) == {'q', 'down', 'o'} and below.kind == 'folder'
+  jax.tree.map(near, lora.merge(params, adapters, adapted.settings), merged)
+  peft.save(tmp_path / 'adapter', adapted, adapters, below.path)
+  jax.tree.map(near, load(config, str(tmp_path / 'adapter'), tok, mesh)[1], merged)
 
 
 def test_a_changed_folder_is_a_changed_input(config, tok, tmp_path):

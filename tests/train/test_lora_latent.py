@@ -14,7 +14,7 @@ MODEL = Transformer(ModelConfig(
     period=(BlockConfig(experts=Experts(count=3, top_k=2, ffn=4, shared_ffn=4)),), num_periods=1,
     latent=Latent(rank=4, nope=3, rope=4, value=3),
 ))
-SETTINGS = lora.Settings(rank=2, alpha=3.0, targets=('q', 'kv_down', 'kv_up', 'mla/o', 'shared/up'), rslora=False)
+SETTINGS = lora.Settings(rank=2, alpha=3.0, targets=('q', 'kv_down', 'kv_up', 'mla/o'), rslora=False)
 
 
 def noise(tree, seed):
@@ -50,10 +50,10 @@ def test_what_merged_kernels_compute_and_what_peft_adds(tmp_path):
   )
   pairs = safetensors.numpy.load_file(tmp_path / 'adapter/adapter_model.safetensors')
   changed = {name for name in after if not np.array_equal(before[name], after[name])}
-  assert len(changed) == 9 == len(pairs) / 2
+  assert len(changed) == 8 == len(pairs) / 2
   for name in changed:
     a, b = (pairs[f'base_model.model.{name.removesuffix("weight")}lora_{x}.weight'] for x in 'AB')
     np.testing.assert_allclose(before[name] + 1.5 * b @ a, after[name], atol=1e-6)
   again, loaded = peft.load(tmp_path / 'adapter', MODEL)
-  assert set(again.settings.targets) == {'mla/q', 'mla/kv_down', 'mla/kv_up', 'mla/o', 'moe/shared/up'}
+  assert set(again.settings.targets) == {'mla/q', 'mla/kv_down', 'mla/kv_up', 'mla/o'}
   jax.tree.map(np.testing.assert_array_equal, loaded, adapters)

@@ -9,7 +9,7 @@ import jax
 import pytest
 
 from spct_jax import sharding
-from spct_jax.models import kv_cache
+from spct_jax.models import kv_cache, unrolled
 from spct_jax.stages import loading
 from spct_jax.text import tokenizer
 from spct_jax.train import optim, state as states
@@ -52,7 +52,7 @@ def test_no_large_cache_leaf_is_replicated(arg):
   engine = loading.engine(config, loading.model(config, tok), tok, mesh, 'sample')
   layouts = engine.cache_shardings(config.judge.chunk_prompts, config.judge.buckets[-1])
   for name, length in (('prompt', config.judge.buckets[-1]), ('rows', config.judge.max_new_tokens)):
-    shapes = jax.eval_shape(lambda n=length: kv_cache.init(engine.model.config, 8, n))
+    shapes = jax.eval_shape(lambda n=length: kv_cache.init(unrolled.model(engine.model).config, 8, n))
     found = list(leaves(shapes, layouts[name]))
     assert found
     for path, _, where in found:

@@ -42,6 +42,8 @@ def rows(config: Any, mesh: Any, stage: str, tok: Any) -> list[plan.Row]:
     same = jax.tree.map(lambda a, b, leaf: a.is_equivalent_to(b, len(leaf.shape)), layout, view, cast)
     if adapted or config.model.sampler_dtype != config.model.param_dtype or not all(jax.tree.leaves(same)):
       out.append(plan.row("sampler's view of the parameters", cast, view))
+    if 'period' in cast:
+      out.append(plan.row('copy of stacked layers, side by side', cast['period'], view['period']))
     out += _caches(config, mesh, decoder)
     if stage == 'evaluate' and fields.meta:
       scalar = loading.model(config, tok, name=fields.meta, head_kind='scalar').abstract_params()
@@ -82,7 +84,7 @@ def _learner(config, mesh, rules, stage, decoder):
 
 
 def _caches(config, mesh, decoder):
-  """Prompt slots and rows of the engine, padded to what the mesh divides."""
+  """Prompt slots (at most as many as prompts) and rows of the engine, padded to what the mesh divides."""
   ways = sharding.data_ways(mesh)
   fields = config.judge
   out = []

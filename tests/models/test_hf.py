@@ -213,6 +213,52 @@ def test_models_without_a_twin_are_not_written(tmp_path, change, message):
 
 
 @pytest.mark.parametrize(
+    'family, fields, want',
+    [
+        ('mistral', {}, [9, 9, 9, 9, 9]),
+        ('mistral', {'sliding_window': None}, [None] * 5),
+        ('llama', {}, [None] * 5),
+        ('qwen2', {}, [None] * 5),
+        ('qwen3', {'use_sliding_window': True, 'max_window_layers': 3}, [None, None, None, 9, 9]),
+        ('gemma2', {}, [9, None, 9, None, 9]),
+        ('gemma2', {'sliding_window_pattern': 3}, [9, None, 9, None, 9]),
+        ('gemma3_text', {}, [9, 9, 9, 9, 9]),
+        ('gemma3_text', {'sliding_window_pattern': 3}, [9, 9, None, 9, 9]),
+        ('gemma3_text', {'layer_types': ['full_attention'] * 5}, [None] * 5),
+    ],
+)
+def test_windows_of_files_without_layer_types(family, fields, want):
+  # Seen to fail: the pattern counted from 0.
+  fields = {**SIZES, 'num_hidden_layers': 5, 'model_type': family, 'sliding_window': 9, **fields}
+  config = hf_config.read('config.json', fields)
+  assert [block.window for block in config.layers] == want
+  again = hf_config.read('config.json', hf_config.write(config))
+  assert again == config and again.family == config.family == family
+
+
+def test_gemma_is_described_by_its_file():
+  """The published settings of 2B and 1B, without their weights."""
+  gemma2 = hf_config.read('config.json', dict(
+      model_type='gemma2', architectures=['Gemma2ForCausalLM'], vocab_size=256000, hidden_size=2304,
+      num_attention_heads=8, num_key_value_heads=4, head_dim=256, intermediate_size=9216, num_hidden_layers=26,
+      hidden_act='gelu_pytorch_tanh', hidden_activation='gelu_pytorch_tanh', query_pre_attn_scalar=256,
+      attn_logit_softcapping=50.0, final_logit_softcapping=30.0, sliding_window=4096, rope_theta=10000.0,
+  ))
+  assert gemma2.period == (BlockConfig(window=4096), BlockConfig()) and gemma2.num_periods == 13
+  assert gemma2.tied and gemma2.norm_plus_one and gemma2.post_norms and gemma2.embed_scaled and not gemma2.qk_norm
+  assert (gemma2.attn_softcap, gemma2.logit_softcap, gemma2.score_scale(gemma2.period[0])) == (50.0, 30.0, 1 / 16)
+  assert Transformer(gemma2).num_params == 2_614_341_888
+  gemma3 = hf_config.read('config.json', dict(
+      model_type='gemma3_text', vocab_size=262144, hidden_size=1152, num_attention_heads=4, num_key_value_heads=1,
+      head_dim=256, intermediate_size=6912, num_hidden_layers=26, sliding_window=512, sliding_window_pattern=6,
+      rope_theta=1000000, rope_local_base_freq=10000, query_pre_attn_scalar=256,
+  ))
+  assert [block.rope_theta for block in gemma3.layers[4:7]] == [10000, 1000000, 10000]
+  assert gemma3.qk_norm and gemma3.attn_softcap is gemma3.logit_softcap is None
+  assert Transformer(gemma3).num_params == 999_885_952
+
+
+@pytest.mark.parametrize(
     'layers, want', [('aaaa', ('', 'a', 4, '')), ('ababab', ('', 'ab', 3, '')), ('aabbbb', ('aa', 'b', 4, '')),
                      ('aababab', ('a', 'ab', 3, '')), ('ababa', ('', 'ab', 2, 'a')), ('abc', ('', 'a', 1, 'bc'))]
 )

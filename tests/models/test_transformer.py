@@ -122,7 +122,7 @@ def test_packed_segments_equal_separate_rows(apply, params):
 
 def test_segments_with_their_own_positions(apply, params):
   """A constant added to all positions changes nothing: rotation and windows are relative."""
-  # Seen to fail: the given positions ignored; the constant added for rotation only (4e-3).
+  # Seen to fail: the given positions ignored.
   segments = np.array([[1, 1, 1, 2, 2, 2]], np.int32)
   positions = np.array([[0, 1, 2, 0, 1, 2]], np.int32)
   derived = np.asarray(apply({'params': params}, TOKENS[:1], segments=segments))

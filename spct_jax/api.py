@@ -206,10 +206,16 @@ def _is_workdir(folder: pathlib.Path) -> bool:
 
 
 def _open_hf(folder, dtype, mesh):
-  decoder, params = hf.load(folder, dtype=dtype)
-  params = jax.device_put(params, sharding.replicated(mesh))
+  tok, size = tokenizers.load(folder), hf.read_config(folder).vocab_size
+  if tok.vocab_size > size:
+    raise ValueError(
+        f'{folder}: its tokenizer has {tok.vocab_size} tokens, but the model embeds {size}; the folder was put together '
+        'from two models'
+    )
+  # Whole on every device, and read once.
+  decoder, params = hf.load(folder, dtype=dtype, mesh=mesh, rules=(('', ()),), vocab_multiple=1)
   page = {'template': 'grm', 'max_prompt_tokens': 4096, 'max_new_tokens': 1024}
-  return decoder, params, tokenizers.load(folder), page
+  return decoder, params, tok, page
 
 
 def _open_workdir(folder, stage, mesh):

@@ -80,3 +80,14 @@ def test_a_folder_without_a_judge_is_refused(tmp_path):
   (tmp_path / 'config.json').write_text('{"pipeline": {}, "judge": {}, "tokenizer": {}}')
   with pytest.raises(ValueError, match='finished: none'):
     spct_jax.RewardModel.load(tmp_path)
+
+
+def test_a_folder_of_two_models_is_refused(folder, tmp_path):
+  # Seen to fail: no look at the sizes (an id beyond the table is NaN).
+  decoder = Transformer(ModelConfig(
+      vocab_size=100, width=16, heads=2, kv_heads=1, head_dim=8, ffn=16, period=(BlockConfig(),), num_periods=1,
+  ))
+  hf.save(tmp_path / 'small', decoder, decoder.init(jax.random.key(0)))
+  tokenizer.load(folder).save(tmp_path / 'small')
+  with pytest.raises(ValueError, match='its tokenizer has 2048 tokens, but the model embeds 100'):
+    spct_jax.RewardModel.load(tmp_path / 'small')

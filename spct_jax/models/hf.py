@@ -23,6 +23,7 @@ from spct_jax.models import hf_config, hf_experts, hf_files, hf_folder, hf_names
 from spct_jax.models.config import DTYPES, ModelConfig
 from spct_jax.models.hf_files import Weights, listing
 from spct_jax.models.transformer import Transformer
+from spct_jax.text import tokenizer as tokenizers
 
 SHARD_BYTES = 5 * 10**9  # one file up to this size, as other writers do
 
@@ -148,7 +149,7 @@ def save(
 ) -> None:
   """Writes a folder that `load` and `transformers` read; it appears whole, or what was there stays (`hf_folder`).
 
-  tokenizer: our `text.tokenizer.Tokenizer`. dtype: of the tensors, by default that of the parameters.
+  tokenizer: our `text.tokenizer.Tokenizer`, or a fast one of `transformers`. dtype: of the tensors, by default that of the parameters.
   shard_bytes: a file holds so much, or one tensor. source: the folder that the model was imported from; fields of its
   `config.json` and `generation_config.json` that still hold are kept, and its tokenizer's files if no `tokenizer` is
   given. card: how the model was made, for the README.
@@ -163,9 +164,15 @@ def save(
     raise ValueError(f'save: got dtype {dtype.name}; allowed are {", ".join(DTYPES)}')
   if shard_bytes < 1:
     raise ValueError(f'shard_bytes: got {shard_bytes}; allowed: a positive number of bytes')
-  fields = dataclasses.replace(config, dtype=dtype.name, param_dtype=dtype.name)
+  if tokenizer is not None and not isinstance(tokenizer, tokenizers.Tokenizer):
+    tokenizer = tokenizers.wrap(tokenizer)
+  if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
+    raise ValueError(
+        f'save: the tokenizer has {tokenizer.vocab_size} tokens, but the model embeds {config.vocab_size}; give the '
+        'tokenizer that belongs to the model'
+    )
   source = None if source is None else pathlib.Path(source)
-  fields = _config_json(fields, source)
+  fields = _config_json(dataclasses.replace(config, dtype=dtype.name, param_dtype=dtype.name), source)
   _all_may_write(folder)
   shards = _plan(config, params, dtype, shard_bytes)
   values = lambda shard: (_value(config, params, tensor) for tensor in shard)

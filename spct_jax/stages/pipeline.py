@@ -79,7 +79,13 @@ def check(names: tuple[str, ...], config: Any, workdir: Workdir, mesh: Any) -> N
 def _record_template(config, workdir):
   """W/chat_template.jinja is what frames every prompt of the run: the tokenizer's template, or the fallback."""
   tok = loading.tokenizer(config)
-  processes.write_once(workdir.path / 'chat_template.jinja', tok.template)
+  path = workdir.path / 'chat_template.jinja'
+
+  def write():
+    if not path.is_file() or path.read_bytes() != tok.template.encode():  # a finished run stays as it is
+      processes.write_text(path, tok.template)
+
+  processes.only_writer(write, what=f'writing {path}')
   if tok.chat_template is None:
     processes.say('chat template: the tokenizer has none; prompts are framed by plain lines (chat_template.jinja)')
 

@@ -90,7 +90,8 @@ def _experts(family, rng, pick, layers, seed):
   if family not in ('mixtral', 'qwen3_moe', 'deepseek_v2'):
     return {}
   count, ffn = pick(3, 4, 6), int(rng.integers(5, 20))
-  top_k = int(rng.integers(1, count))
+  # Of one that is renormalised the weight is 1, and the router's gradient nothing but rounding.
+  top_k = int(rng.integers(1 if family == 'deepseek_v2' else 2, count))
   if family == 'mixtral':
     return {'num_local_experts': count, 'num_experts_per_tok': top_k}
   if family == 'qwen3_moe':

@@ -341,3 +341,14 @@ def test_the_model_card_says_how_it_was_made(tmp_path):
   text = (tmp_path / 'judge' / 'README.md').read_text()
   # A path in `base_model` would be refused by the hub.
   assert 'pipeline_tag: text-classification' in text and 'base_model:' not in text and '`/home/me/base`' in text
+
+
+def test_a_tokenizer_of_transformers_goes_in_too_and_a_larger_one_does_not(tmp_path):
+  tok = tokenizers.load('builtin:small')
+  config = dataclasses.replace(CONFIG, vocab_size=2047)
+  with pytest.raises(ValueError, match='the tokenizer has 2048 tokens, but the model embeds 2047'):
+    hf.save(tmp_path / 'x', Transformer(config), parameters(config), tok)
+  assert not (tmp_path / 'x').exists()
+  config = dataclasses.replace(CONFIG, vocab_size=2048)
+  hf.save(tmp_path / 'x', Transformer(config), parameters(config), tok.hf)
+  assert tokenizers.load(tmp_path / 'x').eos_ids == tok.eos_ids

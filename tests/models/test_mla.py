@@ -19,6 +19,14 @@ DENSE = BlockConfig(rope_theta=100.0, rope_scaling=YARN)
 SPARSE = dataclasses.replace(DENSE, experts=Experts(count=6, top_k=2, ffn=5, shared_ffn=8, scale=1.5))
 
 
+@pytest.fixture(scope='module', autouse=True)
+def compiled_quickly():
+  """The compiler's optimizations take longer than all that these tests run."""
+  jax.config.update('jax_disable_most_optimizations', True)
+  yield
+  jax.config.update('jax_disable_most_optimizations', False)
+
+
 def config(q_rank):
   return ModelConfig(
       vocab_size=23, width=12, heads=4, kv_heads=4, head_dim=9, ffn=10, norm_eps=1e-3, head=(DENSE,), period=(SPARSE,),

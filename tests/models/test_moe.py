@@ -27,6 +27,14 @@ KINDS = {
 }
 
 
+@pytest.fixture(scope='module', autouse=True)
+def compiled_quickly():
+  """The compiler's optimizations take longer than all that these tests run."""
+  jax.config.update('jax_disable_most_optimizations', True)
+  yield
+  jax.config.update('jax_disable_most_optimizations', False)
+
+
 def drawn(experts, seed, tokens):
   """Parameters with a router that decides clearly, and tokens."""
   layer = moe.MoE(MODEL, experts)

@@ -21,7 +21,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from spct_jax import jsonl, sharding
 from spct_jax.models import hf, hf_files, hf_folder

@@ -117,8 +117,8 @@ def check(config: Any, name: str, field: str, kinds: tuple[str, ...]) -> None:
   for model in chain(config, name, field):
     if model.kind == 'folder' and not any(pathlib.Path(model.path).glob('*.safetensors')):
       raise ValueError(
-          f'{field}: {model.path} has a config.json and no safetensors; other weight formats are not read, convert them '
-          'with save_pretrained(safe_serialization=True)'
+          f'{field}: {model.path} has a config.json and no safetensors; other weight formats are not read, convert '
+          'them with save_pretrained(safe_serialization=True)'
       )
 
 
@@ -195,7 +195,9 @@ def _folder(config, name, field):
     )
   if 'stage' in fields and ('pipeline' in fields or IMPORTED in fields):
     models = TRAINED if 'pipeline' in fields else (IMPORTED,)
-    raise ValueError(f'{field}: {name!r} is a workdir; say which of its models: {name}:STAGE with one of {", ".join(models)}')
+    raise ValueError(
+        f'{field}: {name!r} is a workdir; say which of its models: {name}:STAGE with one of {", ".join(models)}'
+    )
   return Model('folder', str(path))
 
 
@@ -206,7 +208,9 @@ def _other(field, path, stage):
     raise ValueError(f'{field}: {path} is no workdir with a stage {stage!r} (its config.json says no such thing)')
   if not (pathlib.Path(path) / stage / 'DONE.json').is_file():
     done = [name for name in TRAINED if (pathlib.Path(path) / name / 'DONE.json').is_file()]
-    raise ValueError(f'{field}: {stage!r} is not finished in the workdir {path}; finished there: {", ".join(done) or "none"}')
+    raise ValueError(
+        f'{field}: {stage!r} is not finished in the workdir {path}; finished there: {", ".join(done) or "none"}'
+    )
   return Model('stage', path, stage, ConfigDict(fields))
 
 

@@ -78,12 +78,11 @@ def parameters(config):
   return jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(leaf.dtype), shapes)
 
 
-def test_layouts_and_vocabulary_padding_stay_out_of_the_file(tmp_path, monkeypatch):
+def test_layouts_and_vocabulary_padding_stay_out_of_the_file(tmp_path):
   """Head, two-block period, remainder and padded rows, over several files: the same function of tokens."""
   # Seen to fail: the layers of a two-block period numbered without the period's length.
-  monkeypatch.setattr(hf, 'SHARD_BYTES', 8000)
   params = parameters(CONFIG)
-  hf.save(tmp_path, Transformer(CONFIG), params)
+  hf.save(tmp_path, Transformer(CONFIG), params, shard_bytes=8000)
   assert len(list(tmp_path.glob('model-*-of-*.safetensors'))) > 2
   model, loaded = hf.load(tmp_path)
   assert model.config.layers == CONFIG.layers and model.config.num_periods > 1
@@ -148,7 +147,7 @@ def change_config(folder, **fields):
     [
         (dict(architectures=['GPT2LMHeadModel']), "unsupported architecture 'GPT2LMHeadModel'.*LlamaForCausalLM"),
         (dict(hidden_act='quick_gelu'), "hidden_act is 'quick_gelu'.*silu"),
-        (dict(attention_bias=True), 'missing .model.layers.0.self_attn.k_proj.bias'),
+        (dict(attention_bias=True), '16 missing: model.layers.0.self_attn.k_proj.bias, '),
         (dict(rope_scaling={'rope_type': 'dynamic', 'factor': 4.0}), "'dynamic' is not supported.*yarn"),
         (dict(rope_scaling={'rope_type': 'yarn', 'factor': -4.0}), 'config.json: rope_scaling: got .*factor'),
         (dict(rope_parameters={'full_attention': {'rope_type': 'default'}}), 'differ by layer type'),
@@ -158,9 +157,9 @@ def change_config(folder, **fields):
         (dict(rope_scaling={'rope_type': 'llama3', 'factor': 4.0}), 'lacks low_freq_factor'),
         (dict(layer_types=['full_attention']), '1 entries for 4 layers'),
         (dict(architectures=['Qwen3ForSequenceClassification'], id2label={'0': 'a', '1': 'b'}), 'num_labels is 2'),
-        (dict(num_hidden_layers=5, layer_types=None), r'11 missing \(model.layers.4.input_layernorm.weight'),
+        (dict(num_hidden_layers=5, layer_types=None), '11 missing: model.layers.4.input_layernorm.weight, '),
         (dict(num_hidden_layers=3, layer_types=None), '11 without a place'),
-        (dict(intermediate_size=25), 'has shape .*config.json asks for'),
+        (dict(intermediate_size=25), r'down_proj.weight \(\[16, 24\] in model.safetensors, by config.json \[16, 25\]\)'),
     ],
 )
 def test_what_does_not_fit_is_named(folder, fields, message):

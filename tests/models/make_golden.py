@@ -20,7 +20,10 @@ from spct_jax.testing import families
 
 GOLDEN = pathlib.Path(__file__).parent / 'golden'
 # Small ones in which the family's own choices are seen: windows, pattern, caps, a scaling of rotary embeddings.
-SEEDS = {'llama': 4, 'mistral': 2, 'qwen2': 6, 'qwen3': 5, 'gemma2': 9, 'gemma3_text': 6, 'mixtral': 0, 'qwen3_moe': 15, 'deepseek_v2': 0}
+SEEDS = {
+    'llama': 4, 'mistral': 2, 'qwen2': 6, 'qwen3': 5, 'gemma2': 9, 'gemma3_text': 6, 'mixtral': 0, 'qwen3_moe': 15,
+    'deepseek_v2': 0,
+}
 LENGTHS, PROMPTS, NEW = np.array([14, 9], np.int32), np.array([3, 11, 7], np.int32), 64
 
 

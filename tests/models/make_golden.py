@@ -38,7 +38,7 @@ def build(family, seed, head_kind):
   # Other implementations leave out the soft cap, or do not take sizes that are odd.
   model = auto.from_config(settings, attn_implementation='eager', experts_implementation='eager').eval()
   for name, parameter in model.named_parameters():
-    parameter.copy_(torch.tensor(families.tensor(name, tuple(parameter.shape), seed)))
+    parameter.copy_(torch.tensor(families.tensor(family, name, tuple(parameter.shape), seed)))
   return model
 
 

@@ -123,6 +123,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
   )
   config.grpo.eps = 1e-6  # a batch without signal has a gradient of float noise, which a smaller eps would blow up to lr
   config.grpo.init = 'rft'  # the policy's start and the frozen reference
+  config.grpo.reference = ''  # the frozen reference; empty: what the policy starts from (under adapters, these off)
   config.grpo.buckets = rows
   config.grpo.drop_too_easy = True  # leave out items that all plain samples of the sample stage get right (paper 2.5)
   config.grpo.group_by_length = False  # a step's prompts are of one bucket of judge.buckets, so that less is padding

@@ -194,7 +194,7 @@ def export(args: argparse.Namespace) -> None:
   source = pathlib.Path(args.source).expanduser()
   config = ml_collections.ConfigDict(_config(source))
   tok = loading.tokenizer(config)
-  decoder = loading.model(config, tok)
+  decoder = loading.model(config, tok, name=args.model)
   mesh = sharding.make_mesh(dict(config.mesh))
   params = loading.params(config, args.model, decoder, workdir.Workdir(source), mesh)
   hf.save(_out(args), decoder, params, tokenizer=tok)

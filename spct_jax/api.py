@@ -24,7 +24,7 @@ from spct_jax.judges import grm, prompts
 from spct_jax.models import hf
 from spct_jax.models.transformer import Transformer
 from spct_jax.sampling.engine import Engine
-from spct_jax.stages import loading, workdir
+from spct_jax.stages import loading, named, workdir
 from spct_jax.text import tokenizer as tokenizers
 
 _LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768)  # prompt buckets, in tokens
@@ -215,16 +215,16 @@ def _open_hf(folder, dtype, mesh):
 def _open_workdir(folder, stage, mesh):
   from ml_collections import ConfigDict
   config = ConfigDict(json.loads((folder / 'config.json').read_text(encoding='utf-8')))
-  finished = [name for name in reversed(loading.TRAINED) if (folder / name / 'DONE.json').exists()]
+  finished = [name for name in reversed(named.LANGUAGE) if (folder / name / 'DONE.json').exists()]
   if not finished or (stage is not None and stage not in finished):
     raise ValueError(
         f'workdir {folder}: {"stage " + repr(stage) if stage else "no trained stage"} is '
         f'{"not " if stage else ""}finished there; finished: {", ".join(finished) or "none"}'
     )
   tok = loading.tokenizer(config)
-  decoder = loading.model(config, tok)
-  opened = workdir.Workdir(folder)
-  params = loading.params(config, stage or finished[0], decoder, opened, mesh)
+  stage = stage or finished[0]
+  decoder = loading.model(config, tok, name=stage)
+  params = loading.params(config, stage, decoder, workdir.Workdir(folder), mesh)
   params = jax.device_put(params, sharding.replicated(mesh))
   page = {
       'template': config.judge.template,

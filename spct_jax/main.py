@@ -5,12 +5,20 @@ Run it:
   python -m spct_jax.main --config=configs/spct_small.py:smoke --workdir=/tmp/smoke
   python -m spct_jax.main --config=configs/spct_small.py --workdir=/tmp/spct --config.seed=1
   python -m spct_jax.main --config=configs/spct_small.py --workdir=/tmp/spct --config.stage=sft
+  python -m spct_jax.main --config=configs/convert.py:do=inspect --config.model=FOLDER
 
   --config=PAGE.py[:CHOICES]  the page of numbers; a choice moves several fields at once
   --config.FIELD=VALUE        sets one field: --config.seed=3, --config.evaluate.ks='(1,8)'
+  --config.model=FOLDER       the same as --config.model.path=FOLDER, and so for tokenizer, data and
+                              every other section with a field path
   --workdir=FOLDER            where everything is written
   --strict                    an unusable item is an error, not a counted and named skip
   --help                      this text; with --config=PAGE.py, that page's own text and fields
+
+Wherever a stage takes a model (config.model.path, and sft.init, sample.model, rft.init, grpo.init,
+grpo.reference, meta_rm.init, meta_rm.policy, evaluate.models, evaluate.meta), it may be a Hugging Face
+folder, a PEFT folder, or WORKDIR:STAGE, what a stage of another workdir trained; all but the first
+also take base (config.model) and the name of a stage of this workdir.
 
 Resume: start the same command again. A workdir belongs to one config: finished stages are skipped,
 an unfinished one continues from its last checkpoint, and a finished stage whose inputs changed runs
@@ -82,6 +90,7 @@ def parse(argv: Sequence[str]) -> flags.FlagValues:
     raise ValueError(
       f'--config={page}: get_config returns a {type(config).__name__}, not a ConfigDict'
     )
+  argv = _with_paths(argv, config)
   overrides = list(_overrides(argv))
   for name in overrides:
     _check_field(config, name)
@@ -91,11 +100,14 @@ def parse(argv: Sequence[str]) -> flags.FlagValues:
       raise ValueError(
         f'--config={page}: the page has no field {field!r}; every page needs stage, strict and mesh'
       )
-  if not settings.workdir:
+  from spct_jax import stages
+
+  if not settings.workdir and settings.config.stage not in stages.WITHOUT_WORKDIR:
     raise ValueError(
       '--workdir is missing; give the folder to write into, for example --workdir=/tmp/spct'
     )
-  settings.workdir = os.path.expanduser(settings.workdir)  # a shell leaves --workdir=~/x as it is
+  if settings.workdir:
+    settings.workdir = os.path.expanduser(settings.workdir)  # a shell leaves --workdir=~/x as it is
   several = [settings.coordinator, settings.num_processes, settings.process_id]
   if any(value is not None for value in several) and (None in several or settings.distributed):
     raise ValueError(
@@ -136,7 +148,7 @@ def _run(settings: flags.FlagValues) -> None:
     jax.distributed.initialize()
   elif settings.coordinator is not None:
     jax.distributed.initialize(settings.coordinator, settings.num_processes, settings.process_id)
-  if not os.environ.get('JAX_COMPILATION_CACHE_DIR'):
+  if settings.workdir and not os.environ.get('JAX_COMPILATION_CACHE_DIR'):
     # A run that is started again need not compile again.
     jax.config.update('jax_compilation_cache_dir', os.path.join(settings.workdir, 'xla_cache'))
   for number in (signal.SIGTERM, signal.SIGINT):  # jax.distributed takes SIGTERM for itself
@@ -145,6 +157,9 @@ def _run(settings: flags.FlagValues) -> None:
   mesh = sharding.make_mesh(dict(config.mesh))
   if workdir.is_writer():
     print('\n'.join(plan.describe(mesh)), flush=True)
+  if not settings.workdir:
+    stages.RUN[config.stage](config, None, mesh)
+    return
   with workdir.open_workdir(settings.workdir, config) as opened:
     try:
       stages.RUN[config.stage](config, opened, mesh)
@@ -241,6 +256,17 @@ def _overrides(argv: Sequence[str]) -> Iterator[str]:
     for prefix in ('--config.', '-config.', '--noconfig.'):
       if name.startswith(prefix):
         yield name.removeprefix(prefix)
+
+
+def _with_paths(argv: Sequence[str], config: ConfigDict) -> list[str]:
+  """`argv` with --config.SECTION=PATH, which no flag of a section takes, written out as --config.SECTION.path=PATH."""
+  written = []
+  for word in argv:
+    name, equals, value = word.partition('=')
+    flag, _, section = name.partition('.')
+    node = config[section] if flag in ('--config', '-config') and section in config else None
+    written.append(f'{name}.path{equals}{value}' if isinstance(node, ConfigDict) and 'path' in node else word)
+  return written
 
 
 def _check_field(config: ConfigDict, name: str) -> None:

@@ -22,6 +22,11 @@ def training(*, steps: int, batch: int, parts: int, lr: float, every: int) -> Co
   stage.weight_decay = 0.0  # not on norms and biases
   stage.clip_norm = 1.0  # of the global gradient; 0 = off
   stage.checkpoint_every = every  # steps
+  stage.lora = ConfigDict()  # low-rank adapters on a frozen model, in the place of its parameters (train/lora.py)
+  stage.lora.rank = 0  # 0 = off: every parameter is trained
+  stage.lora.alpha = 16.0  # the adapters are scaled by alpha / rank
+  stage.lora.rslora = False  # by alpha / sqrt(rank) instead
+  stage.lora.targets = ('q', 'k', 'v', 'o', 'gate', 'up', 'down')  # projections; an unknown one lists the model's own
   return stage
 
 
@@ -58,10 +63,29 @@ def _rules() -> tuple:
       (r'unembed/kernel$', ('fsdp', 'tensor')),  # [D, V]
       (r'/(q|k|v)/kernel$', ('fsdp', 'tensor', None)),  # [D, H, hd]
       (r'/(q|k|v)/bias$', ('tensor', None)),  # [H, hd]
+      (r'/(q|kv)_down/kernel$', ('fsdp', None)),  # [D, rank], latent attention
+      (r'/(q|kv)_up/kernel$', ('fsdp', 'tensor', None)),  # [rank, H, hd]
+      (r'/(q|kv)_down/bias$', (None,)),
       (r'/o/kernel$', ('tensor', None, 'fsdp')),  # [H, hd, D]
+      (r'/experts/(gate|up)/kernel$', (None, 'fsdp', 'tensor')),  # [E, D, F], the experts whole
+      (r'/experts/down/kernel$', (None, 'tensor', 'fsdp')),  # [E, F, D]
+      (r'/router/kernel$', ('fsdp', None)),  # [D, E]
       (r'/(gate|up)/kernel$', ('fsdp', 'tensor')),  # [D, F]
       (r'/(gate|up)/bias$', ('tensor',)),  # [F]
       (r'/down/kernel$', ('tensor', 'fsdp')),  # [F, D]
+      (r'/experts/(gate|up)/lora_a$', (None, 'fsdp', None)),  # [E, D, r]
+      (r'/experts/(gate|up)/lora_b$', (None, None, 'tensor')),  # [E, r, F]
+      (r'/experts/down/lora_a$', (None, 'tensor', None)),  # [E, F, r]
+      (r'/experts/down/lora_b$', (None, None, 'fsdp')),  # [E, r, D]
+      (r'/(q|kv)_(down|up)/lora_a$', ('fsdp', None)),  # [D, r], [rank, r]
+      (r'/(q|kv)_down/lora_b$', (None, None)),  # [r, rank]
+      (r'/(q|kv)_up/lora_b$', (None, 'tensor', None)),  # [r, H, hd]
+      (r'/(q|k|v|gate|up)/lora_a$', ('fsdp', None)),  # [D, r]
+      (r'/(q|k|v)/lora_b$', (None, 'tensor', None)),  # [r, H, hd]
+      (r'/(gate|up)/lora_b$', (None, 'tensor')),  # [r, F]
+      (r'/o/lora_a$', ('tensor', None, None)),  # [H, hd, r]
+      (r'/down/lora_a$', ('tensor', None)),  # [F, r]
+      (r'/(o|down)/lora_b$', (None, 'fsdp')),  # [r, D]
       (r'reward/kernel$', ('fsdp', None)),  # [D, 1]
       (r'/(o|down)/bias$', (None,)),  # [D]
       (r'(scale|reward/bias)$', (None,)),  # norms
@@ -76,4 +100,7 @@ def _sampler_rules() -> tuple:
 
 def _cache_rules() -> tuple:
   """Prompt slots and rows over data and fsdp, key/value heads over tensor."""
-  return ((r'/(k|v)$', (('data', 'fsdp'), 'tensor', None, None)),)
+  return (
+      (r'/(k|v)$', (('data', 'fsdp'), 'tensor', None, None)),
+      (r'/latent$', (('data', 'fsdp'), None, None, None)),  # one for all heads
+  )

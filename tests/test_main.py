@@ -80,6 +80,16 @@ def test_the_stage_gets_config_workdir_and_mesh(page, tmp_path, calls, capsys):
   assert capsys.readouterr().out.startswith('devices: 2 x cpu')
 
 
+# Seen to catch: the section's value set as a flag of its own, which ml_collections answers with a traceback.
+def test_a_section_with_a_path_takes_the_path_itself(page, tmp_path, calls, capsys):
+  page.write_text(_PAGE.replace("'names'", "'model': {'path': '', 'width': 8}, 'names'"))
+  assert _run(page, tmp_path, '--config.model=/some/folder=1', '--config.model.width=4') == 0
+  assert calls[0][0].model.path == '/some/folder=1' and calls[0][0].model.width == 4
+  assert main.main([f'--config={page}', f'--workdir={tmp_path / "v"}', '--config.model', 'w:rft']) == 0
+  assert calls[1][0].model.path == 'w:rft'
+  assert _run(page, tmp_path, '--config.grpo=x') == 2 and '--config.grpo' in capsys.readouterr().err
+
+
 def test_the_same_command_runs_again_and_another_config_does_not(page, tmp_path, calls, capsys):
   assert _run(page, tmp_path) == 0
   assert _run(page, tmp_path, '--config.mesh.data=4') == 0

@@ -30,7 +30,7 @@ def dot_product(
     mask: Bool[Array, 'B T S'],
     *,
     scale: float,
-    softcap: float | None,
+    softcap: int | float | None,
 ) -> Float[Array, 'B T H hv']:
   """Query head h reads key/value head `h // (H // M)`. The result has the dtype of `q`."""
   B, T, H, hk = q.shape
@@ -45,7 +45,7 @@ def dot_product(
   return jnp.einsum('BMTGS,BSMd->BTMGd', weights, v.astype(q.dtype)).reshape(B, T, H, v.shape[-1])
 
 
-def capped(x: Float[Array, '...'], cap: float | None) -> Float[Array, '...']:
+def capped(x: Float[Array, '...'], cap: int | float | None) -> Float[Array, '...']:
   """Softly bounded to -cap ... cap; unchanged without a cap (Gemma 2, arXiv 2408.00118, section 2)."""
   return x if cap is None else cap * jnp.tanh(x / cap)
 

@@ -11,7 +11,7 @@ stages use, takes no defaults: every field must be on the config page.
 import dataclasses
 import math
 
-from spct_jax.models.rope import SCALINGS, RopeScaling
+from spct_jax.models.rope import SCALINGS, RopeScaling, yarn_mscale
 
 DTYPES = ('float32', 'bfloat16', 'float16')
 HEAD_KINDS = ('lm', 'scalar')
@@ -19,15 +19,76 @@ ACTIVATIONS = ('silu', 'gelu_tanh', 'gelu', 'relu')
 
 
 @dataclasses.dataclass(frozen=True)
+class Experts:
+  """A mixture of experts in place of the feed-forward network; see `moe`.
+
+  `count` experts of width `ffn`, of which a token goes through `top_k`, and one that all tokens go through of
+  width `shared_ffn` (0: none). `renormalise` makes the chosen weights sum to one; `scale` then multiplies
+  them. The experts stand in `groups` equal groups, of which only the best `top_groups` are chosen from.
+  `router_dtype` is what the router is stored in, None the model's; it computes in float32, so settings that differ
+  in this only are equal.
+  """
+
+  count: int
+  top_k: int
+  ffn: int
+  shared_ffn: int = 0
+  renormalise: bool = False
+  scale: int | float = 1.0
+  groups: int = 1
+  top_groups: int = 1
+  router_dtype: str | None = dataclasses.field(default=None, compare=False)
+
+  def __post_init__(self):
+    if not (1 <= self.top_k <= self.count and self.ffn >= 1 and self.shared_ffn >= 0):
+      raise ValueError(
+          f'experts: got {self}; needs 1 <= top_k <= count, a positive ffn and a shared_ffn that is not negative'
+      )
+    if self.groups < 1 or self.count % self.groups or not 1 <= self.top_groups <= self.groups:
+      raise ValueError(
+          f'experts: got {self.groups} groups, {self.top_groups} of them chosen, of {self.count} experts; the groups '
+          'must divide the experts evenly, and at least one and at most all of them be chosen'
+      )
+    if self.top_k > self.top_groups * (self.count // self.groups):
+      raise ValueError(
+          f'experts: got top_k={self.top_k} of {self.top_groups} groups with {self.count // self.groups} experts each; '
+          'lower top_k or choose more groups'
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class Latent:
+  """Multi-head latent attention; see `mla`.
+
+  Keys and values are made from a latent of `rank` numbers per token. Of a head's query and key, `nope` numbers
+  are not rotated and `rope` are; the rotated part of the key is one for all heads. A head's value has `value`
+  numbers. `q_rank`: queries are made from a latent of their own, of this size; None: from the residual stream.
+  """
+
+  rank: int
+  nope: int
+  rope: int
+  value: int
+  q_rank: int | None = None
+
+  def __post_init__(self):
+    sizes = (self.rank, self.nope, self.rope, self.value, 1 if self.q_rank is None else self.q_rank)
+    if min(sizes) < 1 or self.rope % 2:
+      raise ValueError(f'latent: got {self}; needs positive sizes, and an even `rope`, for it turns pairs')
+
+
+@dataclasses.dataclass(frozen=True)
 class BlockConfig:
   """What may differ between two blocks of one model.
 
   `window`: a query sees the `window` latest positions, itself included; None is global attention.
+  `experts`: in place of the feed-forward network; None is that network.
   """
 
   window: int | None = None
   rope_theta: int | float = 10000.0
   rope_scaling: RopeScaling | None = None
+  experts: Experts | None = None
 
   def __post_init__(self):
     if self.window is not None and self.window < 1:
@@ -50,6 +111,8 @@ class ModelConfig:
   query_scalar: scores are divided by its square root; None is head_dim.
   attn_softcap, logit_softcap: cap * tanh(x / cap) of the scores before the mask, and of the logits.
   embed_scaled: embeddings are multiplied by sqrt(width), rounded to `dtype`.
+  latent: keys and values come from a latent, and `head_dim` is the query's; None: they are projected. `qkv_bias` is
+    then the bias of what makes the latents.
   family: the Hugging Face `model_type` it came from, which its config.json shall have again where that can describe
     it; None is any. It changes no number, so models that differ in it only are equal.
   """
@@ -78,6 +141,7 @@ class ModelConfig:
   attn_softcap: int | float | None = None
   logit_softcap: int | float | None = None
   embed_scaled: bool = False
+  latent: Latent | None = None
   head_kind: str = 'lm'
   dtype: str = 'float32'
   param_dtype: str = 'float32'
@@ -97,7 +161,9 @@ class ModelConfig:
           f'heads: got {self.heads} query heads for kv_heads={self.kv_heads}; every key/value head serves '
           'the same number of query heads, so kv_heads must divide heads'
       )
-    if self.head_dim % 2:
+    if self.latent is not None:
+      self._check_latent()
+    elif self.head_dim % 2:
       raise ValueError(f'head_dim: got {self.head_dim}; rotary embedding turns pairs, so it must be even')
     if self.num_periods < 0 or bool(self.period) != (self.num_periods > 0):
       raise ValueError(
@@ -131,8 +197,23 @@ class ModelConfig:
     return self.head + self.period * self.num_periods + self.remainder
 
   def score_scale(self, block: BlockConfig) -> float:
-    """What `q k^T` of a block is multiplied by."""
-    return (self.head_dim if self.query_scalar is None else self.query_scalar) ** -0.5
+    """What `q k^T` of a block is multiplied by.
+
+    With a latent and YaRN by the square of its magnitude for `mscale_all_dim` too (DeepSeek-V2): the unrotated part
+    of queries and keys is to grow like the rotated part.
+    """
+    scale = (self.head_dim if self.query_scalar is None else self.query_scalar) ** -0.5
+    scaling = block.rope_scaling
+    if self.latent is not None and scaling is not None and scaling.kind == 'yarn' and scaling.mscale_all_dim:
+      scale *= yarn_mscale(scaling.factor, scaling.mscale_all_dim) ** 2
+    return scale
+
+  def _check_latent(self):
+    if (self.kv_heads, self.head_dim, self.qk_norm) != (self.heads, self.latent.nope + self.latent.rope, False):
+      raise ValueError(
+          f'latent: got {self.latent} with {self.kv_heads} key heads of {self.heads}, head_dim={self.head_dim} and '
+          f'qk_norm={self.qk_norm}; every head has its own key, head_dim is nope + rope, and there is no qk_norm'
+      )
 
   def to_dict(self) -> dict:
     """JSON-able; `from_dict` undoes it."""
@@ -145,6 +226,8 @@ class ModelConfig:
     fields = _checked('model config', dict(fields), cls)
     for name in ('head', 'period', 'remainder'):
       fields[name] = tuple(_block(name, block) for block in fields[name])
+    if fields['latent'] is not None:
+      fields['latent'] = Latent(**_checked('latent', dict(fields['latent']), Latent))
     return cls(**fields)
 
 
@@ -155,6 +238,8 @@ def _block(where: str, fields: dict) -> BlockConfig:
     _one_of('rope_scaling kind', scaling.get('kind'), tuple(SCALINGS))
     cls = SCALINGS[scaling['kind']]
     fields['rope_scaling'] = cls(**_checked('rope_scaling', scaling, cls))
+  if fields['experts'] is not None:
+    fields['experts'] = Experts(**_checked('experts', dict(fields['experts']), Experts))
   return BlockConfig(**fields)
 
 

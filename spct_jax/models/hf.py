@@ -6,25 +6,28 @@ Names and the values of tensors are in `hf_names`, the settings in `hf_config`.
    there, and one that training moved is written as `score.bias`, which other software does not read.
 """
 
-import contextlib
 import dataclasses
 import json
 import os
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
-import safetensors.numpy
+from jax.experimental import multihost_utils
 
 from spct_jax import sharding
-from spct_jax.models import hf_config, hf_names
-from spct_jax.models.config import ModelConfig
+from spct_jax.models import hf_config, hf_experts, hf_files, hf_folder, hf_names, hf_slices
+from spct_jax.models.config import DTYPES, ModelConfig
+from spct_jax.models.hf_files import Weights, listing
 from spct_jax.models.transformer import Transformer
 
 SHARD_BYTES = 5 * 10**9  # one file up to this size, as other writers do
+
+# Tensors that may lie in a file and belong to no leaf: old files carry the rotary frequencies.
+_SPARE = 'rotary_emb.inv_freq'
 
 
 def read_config(folder: str | os.PathLike, dtype: str = 'float32') -> ModelConfig:
@@ -50,167 +53,264 @@ def load(
 
   The vocabulary is padded to a multiple of `vocab_multiple`, by default of the number of devices in the mesh.
 
-  Tensors are read as their place on a device is filled, so the host never holds the model.
+  Every process reads from the files only what its devices hold, straight into the memory of their dtype and layout:
+  the host never holds more than that and one tensor of the file. ValueError, before the first tensor is read, for
+  whatever is wrong with the folder.
   """
   if (mesh is None) != (rules is None):
     raise ValueError('load: got one of mesh and rules; give both to shard the parameters, or neither')
   folder, dtype = pathlib.Path(folder), jnp.dtype(dtype)
+  if dtype.name not in DTYPES:
+    raise ValueError(f'load: got dtype {dtype.name}; allowed are {", ".join(DTYPES)}')
   if vocab_multiple is None:
     vocab_multiple = 1 if mesh is None else int(mesh.size)
   settings = dataclasses.replace(read_config(folder, dtype.name), vocab_multiple=vocab_multiple)
-  model = Transformer(settings)
-  abstract = model.abstract_params()
-  if mesh is None:
-    one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    places = jax.tree.map(lambda leaf: one, abstract)
-  else:
-    places = sharding.tree_shardings(abstract, rules, mesh)
-  with contextlib.ExitStack() as stack:
-    tensors = _open(folder, stack)
-    _check(folder, settings, abstract, tensors)
+  with Weights(folder) as weights, hf_slices.threads() as pool:
+    settings = hf_experts.with_routers(settings, weights.tensors)
+    model = Transformer(settings)
+    abstract = model.abstract_params()
+    if mesh is None:
+      one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+      places = jax.tree.map(lambda leaf: one, abstract)
+    else:
+      places = sharding.tree_shardings(abstract, rules, mesh)
+    check(weights, settings, abstract)
 
     def fill(path, leaf, place):
       names, axes = hf_names.tensors_of(settings, path)
-
-      def piece(index):
-        if path == 'reward/bias' and names not in tensors:
-          return np.zeros(leaf.shape, dtype)[index]
-        if isinstance(names, str):
-          return hf_names.ours(tensors[names].get_tensor(names), leaf.shape, axes, dtype)[index]
-        layers = (tensors[name].get_tensor(name) for name in names[index[0]])
-        return np.stack([hf_names.ours(t, leaf.shape[1:], axes, dtype)[index[1:]] for t in layers])
-
-      # The gates of `sharding` take whole host arrays; here the file is the host array.
-      return jax.make_array_from_callback(leaf.shape, place, piece)
+      pairs = hf_names.pairs(settings, path)
+      return hf_slices.fill(weights, names, axes, leaf.shape, leaf.dtype, place, pool, pairs)
 
     names = [path for path, _ in sharding.leaf_paths(abstract)]
     paths = jax.tree.unflatten(jax.tree.structure(abstract), names)
     return model, jax.block_until_ready(jax.tree.map(fill, paths, abstract, places))
 
 
-def save(folder: str | os.PathLike, model: Transformer, params: dict, tokenizer: Any = None) -> None:
-  """Writes a folder that `load` and `transformers` read; `config.json` comes last, so a cut-off folder has none.
+def check(weights: Weights, config: ModelConfig, abstract: Any) -> None:
+  """ValueError unless every parameter has its tensor and every tensor its place, of the shape of `config.json`.
 
-  With several processes every one calls this and the first one writes. `tokenizer` is our
-  `text.tokenizer.Tokenizer`.
+  All that is wrong is named at once. Where a tied model's file holds the output matrix too, as `transformers` does it
+  stands in for a missing table, and must equal one that is there.
   """
-  folder, settings = pathlib.Path(folder), model.config
-  fields = hf_config.write(settings)
-  if tokenizer is not None:
-    fields |= {'eos_token_id': list(tokenizer.eos_ids) or None, 'pad_token_id': tokenizer.pad_id}
-  writer = jax.process_index() == 0
-  if writer:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / 'config.json').unlink(missing_ok=True)
-    for old in folder.glob('model*.safetensors*'):
-      old.unlink()
-  shards = _plan(settings, params)
-  where, total = {}, 0
-  for number, shard in enumerate(shards, 1):
-    count = '' if len(shards) == 1 else f'-{number:05d}-of-{len(shards):05d}'
-    file = f'model{count}.safetensors'
-    values = {}
-    for name, path, i in shard:
-      values[name] = hf_names.theirs(settings, path, sharding.to_host(_leaf(params, path, i)))
-      where[name], total = file, total + values[name].nbytes
-    if writer:
-      safetensors.numpy.save_file(values, folder / file, metadata={'format': 'pt'})
-  if not writer:
+  tensors = weights.tensors
+  hf_experts.unfuse(tensors, config)
+  wanted = {}
+  for path, leaf in sharding.leaf_paths(abstract):
+    names, _ = hf_names.tensors_of(config, path)
+    flat = list(_flat(names))
+    shape = hf_names.file_shape(config, path, leaf.shape[_depth(names) :])
+    wanted |= {name: tuple(shape) for name in flat}
+  table, output = hf_names.ENDS['embed/table'][0], hf_names.ENDS['unembed/kernel'][0]
+  twice = config.tied and output in tensors
+  if twice and table not in tensors:
+    tensors[table] = tensors.pop(output)
+    twice = False
+  spare = {output} if twice else set()
+  missing = sorted(set(wanted) - set(tensors) - {hf_names.ENDS['reward/bias'][0]})
+  extra = sorted(name for name in set(tensors) - set(wanted) - spare if not name.endswith(_SPARE))
+  there = [name for name in wanted if name in tensors]
+  shapes = [name for name in there if tensors[name].shape != wanted[name]]
+  if twice and tensors[output].shape != wanted[table]:
+    shapes.append(output)
+  dtypes = [name for name in there if tensors[name].dtype not in hf_files.DTYPES]
+  said = [
+      (f'{len(missing)} missing', missing, None),
+      (f'{len(extra)} without a place', extra, lambda name: tensors[name].path.name),
+      (
+          f'{len(shapes)} of another shape', shapes,
+          lambda n: f'{_text(tensors[n].shape)} in {tensors[n].path.name}, by config.json {_text(wanted.get(n, wanted[table]))}',
+      ),
+      (
+          f'{len(dtypes)} of a dtype that is not read ({", ".join(hf_files.DTYPES)} are)', dtypes,
+          lambda name: f'{tensors[name].dtype} in {tensors[name].path.name}',
+      ),
+  ]  # fmt: skip
+  problems = [f'{what}: {listing(names, about)}' for what, names, about in said if names]
+  if problems:
+    raise ValueError(f'{weights.folder}: the tensors do not belong to its config.json: ' + '; '.join(problems))
+  if twice and not weights.same(tensors[table], tensors[output]):
+    raise ValueError(
+        f'{tensors[output].path}: {output} differs from {table}, but config.json ties them (tie_word_embeddings); set '
+        'tie_word_embeddings to false there, or remove the tensor'
+    )
+
+
+def save(
+    folder: str | os.PathLike,
+    model: Transformer,
+    params: dict,
+    tokenizer: Any = None,
+    *,
+    dtype: Any = None,
+    shard_bytes: int = SHARD_BYTES,
+    source: str | os.PathLike | None = None,
+    card: hf_folder.Card = hf_folder.Card(),
+) -> None:
+  """Writes a folder that `load` and `transformers` read; it appears whole, or what was there stays (`hf_folder`).
+
+  tokenizer: our `text.tokenizer.Tokenizer`. dtype: of the tensors, by default that of the parameters.
+  shard_bytes: a file holds so much, or one tensor. source: the folder that the model was imported from; fields of its
+  `config.json` and `generation_config.json` that still hold are kept, and its tokenizer's files if no `tokenizer` is
+  given. card: how the model was made, for the README.
+
+  With several processes every one calls this, with a folder that the first one sees, and the first one writes. The
+  host holds one tensor at a time. ValueError if the folder is there and is no model folder, or if no family of
+  `transformers` computes this decoder.
+  """
+  config = model.config
+  dtype = jnp.dtype(config.param_dtype if dtype is None else dtype)
+  if dtype.name not in DTYPES:
+    raise ValueError(f'save: got dtype {dtype.name}; allowed are {", ".join(DTYPES)}')
+  if shard_bytes < 1:
+    raise ValueError(f'shard_bytes: got {shard_bytes}; allowed: a positive number of bytes')
+  fields = dataclasses.replace(config, dtype=dtype.name, param_dtype=dtype.name)
+  source = None if source is None else pathlib.Path(source)
+  fields = _config_json(fields, source)
+  _all_may_write(folder)
+  shards = _plan(config, params, dtype, shard_bytes)
+  values = lambda shard: (_value(config, params, tensor) for tensor in shard)
+  if jax.process_index() > 0:
+    for shard in shards:
+      for value in values(shard):
+        del value  # every process takes part in gathering it
+    multihost_utils.sync_global_devices('hf.save')
     return
-  if len(shards) > 1:
-    index = {'metadata': {'total_size': total}, 'weight_map': where}
-    (folder / 'model.safetensors.index.json').write_text(json.dumps(index, indent=2))
-  if tokenizer is not None:
-    tokenizer.save(folder)
-  partial = folder / 'config.json.partial'
-  partial.write_text(json.dumps(fields, indent=2) + '\n')
-  os.replace(partial, folder / 'config.json')
+  with hf_folder.replacing(folder) as partial:
+    where, total = {}, 0
+    for number, shard in enumerate(shards, 1):
+      count = '' if len(shards) == 1 else f'-{number:05d}-of-{len(shards):05d}'
+      file = f'model{count}.safetensors'
+      entries = [(tensor.name, tensor.dtype.name, tensor.shape) for tensor in shard]
+      total += hf_folder.write_tensors(partial / file, entries, values(shard))
+      where |= {tensor.name: file for tensor in shard}
+    if len(shards) > 1:
+      hf_folder.write_index(partial, where, total)
+    generation = hf_folder.read_json(source / 'generation_config.json') if source else {}
+    if tokenizer is not None:
+      tokenizer.save(partial)
+      special = {'eos_token_id': list(tokenizer.eos_ids), 'pad_token_id': tokenizer.pad_id}
+      if tokenizer.bos_id is not None:
+        special['bos_token_id'] = tokenizer.bos_id
+      fields, generation = fields | special, generation | special
+    elif source:
+      hf_folder.copy_tokenizer(source, partial)
+    if generation and config.head_kind == 'lm':
+      hf_folder.write_json(partial / 'generation_config.json', generation)
+    hf_folder.write_json(partial / 'config.json', fields)
+    text = hf_folder.readme(
+        pathlib.Path(folder).resolve().name, card, head_kind=config.head_kind, dtype=dtype.name,
+        parameters=sum(int(np.prod(tensor.shape)) for shard in shards for tensor in shard),
+    )
+    (partial / 'README.md').write_text(text, encoding='utf-8')
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices('hf.save')  # nobody reads the folder before it is there
 
 
-# --- tensors
+# --- what is written
 
 
-def _plan(config, params):
-  """Which tensors go into which file: lists of (name, path, period index or None)."""
-  shards, room = [[]], SHARD_BYTES
+def _all_may_write(folder):
+  """Ends every process where the first one finds that the folder must not be replaced: the others would wait forever."""
+  problem = None
+  if jax.process_index() == 0:
+    try:
+      hf_folder.check_target(folder)
+    except ValueError as error:
+      problem = error
+  if jax.process_count() > 1 and int(multihost_utils.broadcast_one_to_all(np.int32(problem is not None))):
+    problem = problem or ValueError(f'{folder}: process 0 may not write there; its message says why')
+  if problem is not None:
+    raise problem
+
+
+@dataclasses.dataclass(frozen=True)
+class _Planned:
+  """A tensor to be written: the leaf it comes from, and the place in its stacked dimensions."""
+
+  name: str
+  path: str
+  lead: tuple[int, ...]
+  shape: tuple[int, ...]
+  dtype: np.dtype
+
+
+def _plan(config, params, dtype, shard_bytes) -> list[list[_Planned]]:
+  """Which tensors go into which file."""
+  shards, room = [[]], shard_bytes
   for path, leaf in sharding.leaf_paths(params):
     names, _ = hf_names.tensors_of(config, path)
     # A head that was never given a bias has none in the file either.
     if path == 'reward/bias' and not np.any(sharding.to_host(leaf)):
       continue
-    each = [(names, path, None)]
-    if not isinstance(names, str):
-      each = [(name, path, i) for i, name in enumerate(names)]
-    size = leaf.nbytes // len(each)
-    for tensor in each:
+    shape = tuple(hf_names.file_shape(config, path, leaf.shape[_depth(names) :]))
+    stored = hf_experts.stored(config, path, dtype)
+    size = int(np.prod(shape)) * stored.itemsize
+    for lead, name in _leads(names):
       if size > room and shards[-1]:
-        shards, room = shards + [[]], SHARD_BYTES
-      shards[-1].append(tensor)
+        shards, room = shards + [[]], shard_bytes
+      shards[-1].append(_Planned(name, path, lead, shape, stored))
       room -= size
   return shards
 
 
-def _leaf(params, path, i):
-  for key in path.split('/'):
-    params = params[key]
-  return params if i is None else params[i]
+def _value(config, params, tensor) -> np.ndarray:
+  leaf = params
+  for key in tensor.path.split('/'):
+    leaf = leaf[key]
+  for i in tensor.lead:
+    leaf = leaf[i]
+  value = hf_names.theirs(config, tensor.path, sharding.to_host(leaf))
+  if value.dtype == tensor.dtype:
+    return value
+  with np.errstate(over='ignore'):  # said below, with the tensor's name
+    rounded = value.astype(tensor.dtype)
+  if tensor.dtype.name == 'float16' and np.isinf(rounded).any() and not np.isinf(value).any():
+    raise ValueError(f'tensor {tensor.name} has values beyond float16 (65504); write bfloat16 or float32')
+  return rounded
 
 
-# --- files
+def _config_json(config: ModelConfig, source: pathlib.Path | None) -> dict[str, Any]:
+  """The fields of `config.json`: those of the source that still hold, and what is different now."""
+  ours = hf_config.write(config)
+  if source is None:
+    return ours
+  kept = hf_folder.read_json(source / 'config.json')
+  if not kept:
+    raise ValueError(f'{source}: no config.json there; give the folder that the model was imported from')
+  before = read_config(source, config.dtype)
+  same = dict(vocab_multiple=config.vocab_multiple, remat=config.remat)
+  written = hf_config.write(before)
+  changed = {
+      name: value for name, value in ours.items()
+      if name != 'torch_dtype' and (name not in written or written[name] != value)
+  }  # fmt: skip
+  fields = {name: value for name, value in kept.items() if name in ours or name not in written} | changed
+  names = [name for name in ('dtype', 'torch_dtype') if name in kept] or ['torch_dtype']
+  fields |= {name: config.param_dtype for name in names}
+  # A field of the source that now contradicts the model (an older spelling, for example) is not worth keeping it.
+  try:
+    again = hf_config.read('config.json', fields, dtype=config.dtype)
+  except ValueError:
+    return ours
+  return fields if dataclasses.replace(again, **same) == config else ours
 
 
-def _open(folder, stack):
-  """Tensor name -> the open file it is in."""
-  index = folder / 'model.safetensors.index.json'
-  if index.is_file():
-    listed = json.loads(index.read_text())
-    if not isinstance(listed, dict) or 'weight_map' not in listed:
-      raise ValueError(f'{index}: no weight_map in it, so it names no files; the download is damaged')
-    files = sorted(set(listed['weight_map'].values()))
-  elif (folder / 'model.safetensors').is_file():
-    files = ['model.safetensors']
+def _flat(names) -> Iterator[str]:
+  return (name for _, name in _leads(names))
+
+
+def _leads(names, lead=()) -> Iterator[tuple[tuple[int, ...], str]]:
+  """Each name with its place in the stacked dimensions."""
+  if isinstance(names, str):
+    yield lead, names
   else:
-    raise ValueError(
-        f'{folder}: no model.safetensors and no model.safetensors.index.json; other weight formats are not read, '
-        'convert them with save_pretrained(safe_serialization=True)'
-    )
-  tensors = {}
-  for file in files:
-    if not (folder / file).is_file():
-      raise ValueError(f'{index}: names {file}, which is not in the folder; the download is incomplete')
-    try:
-      opened = stack.enter_context(safetensors.safe_open(folder / file, framework='np'))
-    except safetensors.SafetensorError as error:
-      raise ValueError(f'{folder / file}: not a whole safetensors file ({error})') from None
-    tensors |= {name: opened for name in opened.keys()}
-  return tensors
+    for i, part in enumerate(names):
+      yield from _leads(part, (*lead, i))
 
 
-def _check(folder, config, abstract, tensors):
-  """Every tensor has a place and every place a tensor of the right shape."""
-  wanted = {}
-  for path, leaf in sharding.leaf_paths(abstract):
-    names, _ = hf_names.tensors_of(config, path)
-    if isinstance(names, str):
-      wanted[names] = hf_names.file_shape(config, path, leaf.shape)
-    else:
-      wanted |= {name: hf_names.file_shape(config, path, leaf.shape[1:]) for name in names}
-  missing = sorted(set(wanted) - set(tensors) - {'score.bias'})
-  # Files of tied models may repeat the table, and old ones carry the rotary frequencies.
-  spare = {'lm_head.weight'} if config.tied else set()
-  extra = sorted(n for n in set(tensors) - set(wanted) - spare if not n.endswith('rotary_emb.inv_freq'))
-  if missing or extra:
-    raise ValueError(
-        f'{folder}: the tensors do not belong to its config.json: {_some("missing", missing)}, '
-        f'{_some("without a place", extra)}'
-    )
-  for name, shape in wanted.items():
-    if name in tensors:
-      got = tuple(tensors[name].get_slice(name).get_shape())
-      if got != shape:
-        raise ValueError(f'{folder}: tensor {name} has shape {got}; config.json asks for {shape}')
+def _depth(names) -> int:
+  return 0 if isinstance(names, str) else 1 + _depth(names[0])
 
 
-def _some(what, names):
-  shown = ', '.join(names[:3]) + (', ...' if len(names) > 3 else '')
-  return f'{len(names)} {what}' + (f' ({shown})' if names else '')
+def _text(shape) -> str:
+  return f'[{", ".join(map(str, shape))}]'

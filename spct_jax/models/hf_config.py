@@ -11,6 +11,7 @@ slightly wrong is the worst outcome. `write` reads back what it wrote and compar
 import dataclasses
 from typing import Any
 
+from spct_jax.models import hf_sparse
 from spct_jax.models.config import BlockConfig, ModelConfig
 from spct_jax.models.rope import LinearScaling, Llama3Scaling, RopeScaling, YarnScaling
 
@@ -111,6 +112,35 @@ FAMILIES = {
         rope='by type',
         divides=True,
     ),
+    'mixtral': Family(
+        _heads('Mixtral'),
+        absent=dict(
+            num_key_value_heads=8, max_position_embeddings=131072, sliding_window=None, rms_norm_eps=1e-5,
+            rope_theta=1000000.0, num_local_experts=8, num_experts_per_tok=2,
+        ),
+        windows='same',
+    ),
+    'qwen3_moe': Family(
+        _heads('Qwen3Moe'),
+        absent=dict(
+            num_key_value_heads=4, max_position_embeddings=32768, sliding_window=4096, num_experts=128,
+            num_experts_per_tok=8, moe_intermediate_size=768, decoder_sparse_step=1,
+        ),
+        fixed=dict(qk_norm=True),
+        attention_bias='file',
+        windows='all or none',
+    ),
+    'deepseek_v2': Family(
+        _heads('DeepseekV2'),
+        absent=dict(
+            max_position_embeddings=2048, q_lora_rank=1536, kv_lora_rank=512, qk_nope_head_dim=128,
+            qk_rope_head_dim=64, v_head_dim=128, first_k_dense_replace=0, n_routed_experts=64, n_shared_experts=2,
+            moe_intermediate_size=1407, topk_method='greedy', routed_scaling_factor=1.0,
+        ),
+        fields={'mlp_bias': ('mlp_bias', False)},
+        attention_bias='file',
+        divides=True,
+    ),
 }
 
 
@@ -135,8 +165,11 @@ def read(where: str, fields: dict[str, Any], *, dtype: str = 'float32') -> Model
     _require(where, {'num_labels': _num_labels(fields)}, 'num_labels', 1)
   heads, width = fields['num_attention_heads'], fields['hidden_size']
   bias = family.attention_bias == 'qkv' or family.attention_bias == 'file' and _given(fields, 'attention_bias', False)
-  head, period, num_periods, remainder = group(_blocks(where, family, fields))
+  head, period, num_periods, remainder = group(_blocks(where, name, fields))
   try:
+    latent = hf_sparse.latent(where, name, fields)
+    if latent is not None:  # its own fields say how large a head is
+      fields = fields | {'num_key_value_heads': heads, 'head_dim': latent.nope + latent.rope}
     return ModelConfig(
         vocab_size=fields['vocab_size'],
         width=width,
@@ -157,6 +190,7 @@ def read(where: str, fields: dict[str, Any], *, dtype: str = 'float32') -> Model
         dtype=dtype,
         param_dtype=dtype,
         family=name,
+        latent=latent,
         **family.fixed,
         **{ours: fields.get(field, default) for field, (ours, default) in family.fields.items()},
     )
@@ -197,10 +231,13 @@ def _architecture(where, fields):
   )
 
 
-def _blocks(where, family, fields):
-  windows = WINDOWS[family.windows](where, fields)
-  ropes = ROPES[family.rope](where, fields)
-  return tuple(BlockConfig(window, *ropes[FULL if window is None else SLIDING]) for window in windows)
+def _blocks(where, name, fields):
+  windows = WINDOWS[FAMILIES[name].windows](where, fields)
+  ropes = ROPES[FAMILIES[name].rope](where, fields)
+  experts = hf_sparse.experts(where, name, fields)
+  return tuple(
+      BlockConfig(window, *ropes[FULL if window is None else SLIDING], some) for window, some in zip(windows, experts)
+  )
 
 
 def _activation(where, family, fields):
@@ -234,6 +271,12 @@ def _no_windows(where, fields):
 
 def _same_windows(where, fields):
   return [fields['sliding_window']] * fields['num_hidden_layers']
+
+
+def _all_windows(where, fields):
+  """Qwen 3's mixtures: a switch, and then every layer is local."""
+  window = fields['sliding_window'] if _given(fields, 'use_sliding_window', False) else None
+  return [window] * fields['num_hidden_layers']
 
 
 def _switched_windows(where, fields):
@@ -273,8 +316,8 @@ def _windows_of_types(where, fields, default, window):
 
 
 WINDOWS = {
-    'none': _no_windows, 'same': _same_windows, 'switched': _switched_windows, 'alternating': _alternating_windows,
-    'pattern': _pattern_windows,
+    'none': _no_windows, 'same': _same_windows, 'all or none': _all_windows, 'switched': _switched_windows,
+    'alternating': _alternating_windows, 'pattern': _pattern_windows,
 }
 
 
@@ -385,7 +428,7 @@ def _meaning(config):
   free = ('head', 'period', 'num_periods', 'remainder', 'vocab_multiple', 'dtype', 'param_dtype', 'remat', 'family')
   out = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in free}
   out['query_scalar'] = config.head_dim if config.query_scalar is None else config.query_scalar
-  for name in ('window', 'rope_theta', 'rope_scaling'):
+  for name in ('window', 'rope_theta', 'rope_scaling', 'experts'):
     out[f'layers with their {name}'] = [getattr(block, name) for block in config.layers]
   return out
 
@@ -419,7 +462,7 @@ def _fields(name, config):
   sliding = next((window for window in windows if window is not None), None)
   if family.windows == 'same':
     fields['sliding_window'] = sliding
-  if family.windows == 'switched':
+  if family.windows in ('switched', 'all or none'):
     fields |= {'use_sliding_window': sliding is not None, 'sliding_window': sliding}
   if family.windows in ('alternating', 'pattern'):
     # `transformers` makes the local mask even where no layer uses it, so there is always a window.
@@ -428,7 +471,9 @@ def _fields(name, config):
     fields['layer_types'] = [FULL if window is None else SLIDING for window in windows]
   if config.head_kind == 'scalar':
     fields |= {'num_labels': 1, 'id2label': {'0': 'LABEL_0'}, 'label2id': {'LABEL_0': 0}}
-  return fields | _rope_fields(family, config)
+  if name == 'deepseek_v2':
+    del fields['head_dim']  # `transformers` means another size by it
+  return fields | hf_sparse.written(name, config) | _rope_fields(family, config)
 
 
 def _rope_fields(family, config):

@@ -1,13 +1,15 @@
 """Leaves of our tree and tensors of a Hugging Face file: their names, and the values from one to the other.
 
 The file has one tensor per layer, `[out, in]`; the tree of `transformer` has kernels `[in, out]` with the
-heads as an axis of their own, stacked over the period. Rotary pairs are half-split in both, so no row moves.
+heads as an axis of their own, stacked over the period. Rotary pairs are half-split in both, so no row moves; for
+experts and latent attention, where one does, see `hf_experts`.
 
 The padding rows of the vocabulary (`vocab_multiple`) stay out of the file.
 """
 
 import numpy as np
 
+from spct_jax.models import hf_experts
 from spct_jax.models.config import ModelConfig
 
 # Leaf of a block -> (tensor of a layer, how many of our axes the tensor's input axis stands for; 0 = no kernel).
@@ -46,25 +48,34 @@ ENDS = {
 }
 
 
-def tensors_of(config: ModelConfig, path: str) -> tuple[str | list[str], int]:
-  """(name, axes) of the leaf at `path`, or (names, axes) with one name per period of a stacked leaf."""
+def tensors_of(config: ModelConfig, path: str) -> tuple[str | list, int]:
+  """(name, axes) of the leaf at `path`; (names, axes) of a stacked leaf, one name per place of its first dimension.
+
+  With two stacked dimensions, periods and experts, they are lists of names.
+  """
   if path in ENDS:
     return ENDS[path]
   group, j, leaf = path.split('/', 2)
-  name, axes = (BLOCK | POST_NORMS if config.post_norms else BLOCK)[leaf]
+  table = BLOCK | POST_NORMS if config.post_norms else BLOCK
+  name, axes = (table | hf_experts.block(config))[leaf]
   first, period = len(config.head), len(config.period)
   start = {'head': 0, 'period': first, 'remainder': first + period * config.num_periods}[group] + int(j)
   if group != 'period':
-    return f'model.layers.{start}.{name}', axes
-  return [f'model.layers.{start + i * period}.{name}' for i in range(config.num_periods)], axes
+    return hf_experts.each(config, start, name), axes
+  return [hf_experts.each(config, start + i * period, name) for i in range(config.num_periods)], axes
 
 
-def ours(value: np.ndarray, shape: tuple[int, ...], axes: int, dtype) -> np.ndarray:
+def pairs(config: ModelConfig, path: str) -> int:
+  """How many of the last numbers of the leaf at `path` are rotary pairs, side by side in the file and halves here."""
+  return 0 if path in ENDS else hf_experts.pairs(config, path.split('/', 2)[2])
+
+
+def ours(value: np.ndarray, shape: tuple[int, ...], axes: int, dtype, pairs: int = 0) -> np.ndarray:
   """A tensor of the file as a leaf (of one layer) of `shape`; the vocabulary padded with zeros."""
   value = value if axes == 0 else value.T
   if value.size < np.prod(shape):
     value = np.pad(value, [(0, want - got) for want, got in zip(shape, value.shape)])
-  return np.ascontiguousarray(value.reshape(shape)).astype(dtype)
+  return np.ascontiguousarray(hf_experts.to_halves(value.reshape(shape), pairs)).astype(dtype)
 
 
 def theirs(config: ModelConfig, path: str, value: np.ndarray) -> np.ndarray:
@@ -74,6 +85,8 @@ def theirs(config: ModelConfig, path: str, value: np.ndarray) -> np.ndarray:
   if path == 'unembed/kernel':
     value = value[:, : config.vocab_size]
   _, axes = tensors_of(config, path)
+  if pairs(config, path):
+    value = hf_experts.to_pairs(value, pairs(config, path))
   if axes == 0:
     return np.ascontiguousarray(value if path == 'embed/table' else value.reshape(-1))
   return np.ascontiguousarray(value.reshape(int(np.prod(value.shape[:axes])), -1).T)

@@ -4,7 +4,8 @@
      'period': {'0': {'k': [num_periods,B,M,S,hk], 'v': ...}, ...},
      'remainder': {...}}                                    groups without a block are absent
 
-M heads, hk and hv numbers a key and a value: `shapes`, the one place that knows.
+M heads, hk and hv numbers a key and a value. With latent attention a layer holds {'latent': [B,1,S,rank+rope]},
+which is key and value in one. `leaves` is the one place that knows.
 
 Heads stand before positions, so that a head's keys lie side by side and a step of decoding is a plain
 batched product of matrices; the other way round it copies the cache to turn it, three times as slow on a CPU.
@@ -38,22 +39,24 @@ class LayerRef:
   config: BlockConfig
 
 
-def shapes(config: ModelConfig) -> tuple[int, int, int]:
-  """(heads, key dimension, value dimension) of what a layer stores of a token."""
-  return config.kv_heads, config.head_dim, config.head_dim
+def leaves(config: ModelConfig) -> dict[str, tuple[int, int]]:
+  """Name -> (heads, numbers a head) of what a layer stores of a token."""
+  if config.latent is not None:
+    return {'latent': (1, config.latent.rank + config.latent.rope)}
+  return {name: (config.kv_heads, config.head_dim) for name in ('k', 'v')}
 
 
 def init(config: ModelConfig, batch: int, length: int, dtype=None) -> dict:
   """Zeros for `batch` rows of `length` tokens; `dtype` None is the compute dtype of the model."""
   dtype = jnp.dtype(config.dtype if dtype is None else dtype)
-  heads, k_dim, v_dim = shapes(config)
   layers = {}
   for group, stack in (('head', ()), ('period', (config.num_periods,)), ('remainder', ())):
     blocks = getattr(config, group)
     if blocks:
       layers[group] = {
           str(j): {
-              name: jnp.zeros((*stack, batch, heads, length, dim), dtype) for name, dim in (('k', k_dim), ('v', v_dim))
+              name: jnp.zeros((*stack, batch, heads, length, dim), dtype)
+              for name, (heads, dim) in leaves(config).items()
           }
           for j in range(len(blocks))
       }
@@ -72,9 +75,10 @@ def start(config: ModelConfig, batch: int, length: int, dtype=None) -> dict:
 def read(cache: dict, ref: LayerRef) -> tuple[Float[Array, 'B M S hk'], Float[Array, 'B M S hv']]:
   """The keys and values of one layer."""
   layer = cache[ref.group][str(ref.j)]
+  names = ('latent', 'latent') if 'latent' in layer else ('k', 'v')
   if ref.i is None:
-    return layer['k'], layer['v']
-  return tuple(jax.lax.dynamic_index_in_dim(layer[name], ref.i, axis=0, keepdims=False) for name in ('k', 'v'))
+    return tuple(layer[name] for name in names)
+  return tuple(jax.lax.dynamic_index_in_dim(layer[name], ref.i, axis=0, keepdims=False) for name in names)
 
 
 def write(cache: dict, ref: LayerRef, k: Float[Array, 'B T M hk'], v: Float[Array, 'B T M hv'], index) -> dict:
@@ -84,17 +88,19 @@ def write(cache: dict, ref: LayerRef, k: Float[Array, 'B T M hk'], v: Float[Arra
   int32[B], one per row (a scatter, which drops what falls behind the end).
   """
   layer = cache[ref.group][str(ref.j)]
-  layer = {'k': _put(layer['k'], k, ref.i, index), 'v': _put(layer['v'], v, ref.i, index)}
+  new = {'k': k, 'v': v, 'latent': k}
+  layer = {name: _put(store, new[name], ref.i, index) for name, store in layer.items()}
   return {**cache, ref.group: {**cache[ref.group], str(ref.j): layer}}
 
 
-def write_rows(cache: dict, ref: LayerRef, k: Float[Array, 'G b T M hd'], v: Float[Array, 'G b T M hd'], rows) -> dict:
+def write_rows(cache: dict, ref: LayerRef, k: Float[Array, 'G b T M hk'], v: Float[Array, 'G b T M hv'], rows) -> dict:
   """The cache with whole rows of one layer overwritten, in G groups: `rows[G, b]` within the group.
 
   The cache has G * n rows of T positions; a row of n or more is dropped.
   """
   layer = cache[ref.group][str(ref.j)]
-  layer = {'k': _put_rows(layer['k'], k, ref.i, rows), 'v': _put_rows(layer['v'], v, ref.i, rows)}
+  new = {'k': k, 'v': v, 'latent': k}
+  layer = {name: _put_rows(store, new[name], ref.i, rows) for name, store in layer.items()}
   return {**cache, ref.group: {**cache[ref.group], str(ref.j): layer}}
 
 

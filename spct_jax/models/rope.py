@@ -72,7 +72,7 @@ SCALINGS = {'linear': LinearScaling, 'llama3': Llama3Scaling, 'yarn': YarnScalin
 RopeScaling = LinearScaling | Llama3Scaling | YarnScaling
 
 
-def frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> np.ndarray:
+def frequencies(head_dim: int, theta: int | float, scaling: RopeScaling | None) -> np.ndarray:
   """float32[head_dim / 2]: radians per position of each pair."""
   plain = theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
   if scaling is None:
@@ -100,7 +100,7 @@ def magnitude(scaling: RopeScaling | None) -> float:
   return yarn_mscale(scaling.factor, 1.0)
 
 
-def yarn_mscale(factor: float, mscale: float) -> float:
+def yarn_mscale(factor: int | float, mscale: int | float) -> float:
   """0.1 mscale ln(factor) + 1, and 1 where nothing is stretched."""
   return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 

@@ -26,9 +26,10 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from spct_jax.models import attention, kv_cache, reward_head
-from spct_jax.models.blocks import Block, RMSNorm
+from spct_jax.models.blocks import Block
 from spct_jax.models.config import ModelConfig
 from spct_jax.models.kv_cache import LayerRef
+from spct_jax.models.primitives import RMSNorm
 
 Array = jax.Array | np.ndarray
 
@@ -64,7 +65,7 @@ class Transformer:
     def init(block, key):
       # The values stand in for what attention gives of them: as many heads as queries have.
       attend = lambda q, k, v: (jnp.repeat(v, q.shape[2] // v.shape[2], axis=2), None)
-      return Block(c, block).init(key, x, positions, attend)['params']
+      return Block(c, block).init(key, x, positions, attend, False)['params']
 
     # Layers of one shape are made by one traced block: a program that repeats the random number generator
     # for each layer takes XLA a quarter of a minute to compile at six layers.
@@ -123,14 +124,14 @@ class Transformer:
     """All blocks in order; returns `(x, cache)`.
 
     `attend(ref, q, k, v, cache) -> (out, cache)` is called once per layer (once per block of the period, in
-    the scan) with rotated q `[B,T,H,hk]`, k `[B,T,M,hk]` and v `[B,T,M,hv]` (M, hk, hv: `kv_cache.shapes`); `out` is
+    the scan) with rotated q `[B,T,H,hk]`, k `[B,T,M,hk]` and v `[B,T,M,hv]` (M, hk, hv: `kv_cache.leaves`); `out` is
     `[B,T,H,hv]`. `cache` is any pytree, carried whole.
     """
-    c = self.config
+    c, cached = self.config, cache is not None
 
     def block(ref, block_params, x, cache):
       return Block(c, ref.config).apply(
-          {'params': block_params}, x, positions, lambda q, k, v: attend(ref, q, k, v, cache)
+          {'params': block_params}, x, positions, lambda q, k, v: attend(ref, q, k, v, cache), cached
       )
 
     def lone(group, x, cache):

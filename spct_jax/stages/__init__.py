@@ -18,6 +18,10 @@ def _only(name):
   return run
 
 
+def _convert(config, workdir, mesh, generate=None):
+  importlib.import_module('spct_jax.stages.convert').run(config, workdir, mesh, generate)
+
+
 def _pipeline(config, workdir, mesh, generate=None):
   importlib.import_module('spct_jax.stages.pipeline').run(config, workdir, mesh, generate)
 
@@ -30,4 +34,7 @@ RUN = {
     'meta_rm': _only('meta_rm'),
     'evaluate': _only('evaluate'),
     'pipeline': _pipeline,
+    'convert': _convert,
 }
+# What may run without a workdir; it is then given None.
+WITHOUT_WORKDIR = ('convert',)

@@ -16,48 +16,59 @@ LEARNERS = ('sft', 'rft', 'grpo', 'meta_rm')
 SAMPLERS = ('sample', 'grpo', 'meta_rm', 'evaluate')
 
 
-def rows(config: Any, mesh: Any, stage: str, decoder: Any) -> list[plan.Row]:
-  """The memory table of one stage; `decoder` has a language head."""
+def rows(config: Any, mesh: Any, stage: str, tok: Any) -> list[plan.Row]:
+  """The memory table of one stage."""
   rules = loading.rules(config.sharding.rules)
-  out = []
+  fields, out = config[stage], []
   if stage in LEARNERS:
-    learner = decoder
-    if stage == 'meta_rm':
-      learner = loading.with_head(decoder, 'scalar')
-    out += _learner(config, config[stage], mesh, rules, learner, group=stage == 'grpo')
+    head_kind = 'scalar' if stage == 'meta_rm' else 'lm'
+    out += _learner(config, mesh, rules, stage, loading.model(config, tok, name=fields.init, head_kind=head_kind))
   if stage in SAMPLERS:
+    names = {'sample': 'model', 'grpo': 'init', 'meta_rm': 'policy'}
+    sampled = fields.models if stage == 'evaluate' else (fields[names[stage]],)
+    decoder = max((loading.model(config, tok, name=name) for name in sampled), key=lambda model: model.num_params)
     params = decoder.abstract_params()
     layout = sharding.tree_shardings(params, rules, mesh)
+    adapted = stage == 'grpo' and loading.lora_settings(config, stage) is not None
     if stage == 'grpo':
-      out.append(plan.row('frozen reference', params, layout))
+      apart = fields.reference not in ('', fields.init)
+      frozen = (loading.model(config, tok, name=fields.reference) if apart else decoder).abstract_params()
+      if apart or not adapted:  # else it is the base that the adapters are on
+        out.append(plan.row('frozen reference', frozen, sharding.tree_shardings(frozen, rules, mesh)))
     elif stage not in LEARNERS:
       out.append(plan.row('parameters', params, layout))
     cast = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, config.model.sampler_dtype), params)
     view = sharding.tree_shardings(cast, loading.rules(config.sharding.sampler_rules), mesh)
     same = jax.tree.map(lambda a, b, leaf: a.is_equivalent_to(b, len(leaf.shape)), layout, view, cast)
-    if config.model.sampler_dtype != config.model.param_dtype or not all(jax.tree.leaves(same)):
+    if adapted or config.model.sampler_dtype != config.model.param_dtype or not all(jax.tree.leaves(same)):
       out.append(plan.row("sampler's view of the parameters", cast, view))
     if 'period' in cast:
       out.append(plan.row('copy of stacked layers, side by side', cast['period'], view['period']))
     out += _caches(config, mesh, decoder)
-    if stage == 'evaluate' and config.evaluate.meta:
-      scalar = loading.with_head(decoder, 'scalar').abstract_params()
+    if stage == 'evaluate' and fields.meta:
+      scalar = loading.model(config, tok, name=fields.meta, head_kind='scalar').abstract_params()
       out.append(plan.row('parameters of the meta-RM', scalar, sharding.tree_shardings(scalar, rules, mesh)))
   return out
 
 
-def _learner(config, fields, mesh, rules, decoder, *, group):
+def _learner(config, mesh, rules, stage, decoder):
+  fields = config[stage]
+  trained = loading.learner(config, stage, decoder)
   optimizer = optim.make_optimizer(loading.optim_settings(fields))
-  abstract = states.abstract_state(decoder, optimizer)
-  layout = states.state_shardings(decoder, optimizer, rules, mesh)
+  abstract = states.abstract_state(trained, optimizer)
+  layout = states.state_shardings(trained, optimizer, rules, mesh)
   gradients = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, 'float32'), abstract['params'])
   c = decoder.config
-  sequences = fields.batch * (fields.group if group else 1)
+  sequences = fields.batch * (fields.group if stage == 'grpo' else 1)
   per_device = -(-sequences // (fields.microbatches * sharding.data_ways(mesh)))
   chunk = config.model.logits_chunk
   held = min(chunk, fields.buckets[-1]) / fields.buckets[-1] if chunk else 1.0  # share of the positions with logits
-  return [
-      plan.row('parameters', abstract['params'], layout['params']),
+  out = []
+  if trained is not decoder:
+    base = decoder.abstract_params()
+    out.append(plan.row('frozen parameters', base, sharding.tree_shardings(base, rules, mesh)))
+  return out + [
+      plan.row('parameters' if trained is decoder else 'adapters', abstract['params'], layout['params']),
       plan.row('optimizer state', abstract['opt_state'], layout['opt_state']),
       plan.row('gradients', gradients, layout['params']),
       plan.activations(
@@ -95,8 +106,9 @@ def report(config: Any, mesh: Any, stages: tuple[str, ...]) -> None:
   Raises:
     ValueError: a stage cannot fit, or the parameters or caches do not divide over the mesh.
   """
-  decoder = loading.model(config, loading.tokenizer(config))
-  tables = {stage: rows(config, mesh, stage, decoder) for stage in stages}
+  tok = loading.tokenizer(config)
+  decoder = loading.model(config, tok)
+  tables = {stage: rows(config, mesh, stage, tok) for stage in stages}
   sums = {stage: sum(row.bytes for row in table) for stage, table in tables.items()}
   processes.say(f'model: {decoder.num_params:,} parameters, {decoder.config.num_layers} layers')
   limit = plan.device_limit(mesh)

@@ -6,7 +6,7 @@ A pipeline calls it for all its stages before the first one works.
 from typing import Any
 
 from spct_jax.data import instructions, stream
-from spct_jax.stages import loading, trackers
+from spct_jax.stages import loading, named, trackers
 from spct_jax.train import update
 
 ORDERS = ('shuffle', 'balanced', 'fixed')
@@ -21,6 +21,7 @@ def training(config: Any, mesh: Any, stage: str) -> None:
     raise ValueError(f'{stage}.lr: got {fields.lr}; allowed: a positive learning rate')
   _at_least('logging.keep', config.logging.keep, 1)
   _ascending(f'{stage}.buckets', fields.buckets)
+  loading.lora_settings(config, stage)
   try:
     loading.optim_settings(fields)
   except ValueError as error:
@@ -148,7 +149,7 @@ def evaluation(config: Any, mesh: Any) -> None:
   if len(set(fields.models)) != len(fields.models):
     raise ValueError(f'evaluate.models: got {tuple(fields.models)}; allowed: each at most once')
   if not fields.models:
-    raise ValueError('evaluate.models: got none; name at least one of base, sft, rft, grpo')
+    raise ValueError('evaluate.models: got none; name at least one of base, sft, rft, grpo, or a folder')
   names = tuple(fields.names)
   if names and (
       len(names) != len(fields.models)
@@ -158,6 +159,12 @@ def evaluation(config: Any, mesh: Any) -> None:
     raise ValueError(
         f'evaluate.names: got {names} for the models {tuple(fields.models)}; allowed: () for their own names, or one '
         'distinct name for each, in the same order'
+    )
+  labels = tuple(map(named.label, fields.models))
+  if not names and len(set(labels)) != len(labels):
+    raise ValueError(
+        f'evaluate.models: tables would call two of {tuple(fields.models)} the same, {labels}; give evaluate.names, one '
+        'distinct name for each'
     )
 
 
@@ -178,29 +185,33 @@ def stage(config: Any, mesh: Any, name: str) -> None:
         raise ValueError(f'meta_rm.heldout: got {config.meta_rm.heldout}; allowed: 0 up to, not including, 1')
 
 
+# Where a stage takes a model: fields that name one, and which heads it may have. An empty name is no model.
+TAKES = {
+    'sft': {'init': ('lm',)},
+    'sample': {'model': ('lm',)},
+    'rft': {'init': ('lm',)},
+    'grpo': {'init': ('lm',), 'reference': ('lm',)},
+    'meta_rm': {'init': ('lm', 'scalar'), 'policy': ('lm',)},
+    'evaluate': {'models': ('lm',), 'meta': ('scalar',)},
+}
+_MAY_BE_EMPTY = ('grpo.reference', 'evaluate.meta')
+
+
 def wants(config: Any, name: str) -> tuple[str, ...]:
   """The files of other stages that a stage needs besides its READS: records of trained models, and what fields add.
 
   Raises:
-    ValueError: a name that is no model, or a model of the wrong kind.
+    ValueError: a name that is no model and no folder with one, or a model with the wrong kind of head.
   """
-  fields = config[name]
-  judges, metas = {
-      'sft': lambda: ((fields.init,), ()),
-      'sample': lambda: ((fields.model,), ()),
-      'rft': lambda: ((fields.init,), ()),
-      'grpo': lambda: ((fields.init,), ()),
-      'meta_rm': lambda: ((fields.init, fields.policy), ()),
-      'evaluate': lambda: (tuple(fields.models), (fields.meta,)),
-  }[name]()
-  for given, allowed in ((judges, ('base', *loading.TRAINED)), (metas, ('', 'meta_rm'))):
-    for model in given:
-      if model not in allowed:
-        raise ValueError(
-            f'{name}: got the model {model!r}; allowed: {", ".join(repr(known) for known in allowed)}'
-        )
-  found = [f'{model}/DONE.json' for model in (*judges, *metas) if model not in ('', 'base')]
-  if name == 'grpo' and fields.drop_too_easy:
+  found = []
+  for field, kinds in TAKES[name].items():
+    where, value = f'{name}.{field}', config[name][field]
+    for model in value if field == 'models' else (value,):
+      if model == '' and where in _MAY_BE_EMPTY:
+        continue
+      named.check(config, model, where, kinds)
+      found += [f'{model}/DONE.json'] if model in named.TRAINED else []
+  if name == 'grpo' and config.grpo.drop_too_easy:
     found.append('sample/trajectories.jsonl')
   return tuple(dict.fromkeys(found))
 

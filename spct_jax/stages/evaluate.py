@@ -10,10 +10,11 @@
 Writes results.json, report.md and figures/ to the workdir, one row per item and stage to
 evaluate/examples.jsonl, general instruction data to evaluate/instructions.json (it has no votes, so it is no row
 of results.json), and every trajectory to evaluate/<model>.jsonl. `evaluate.names` are what tables and figures call
-the models; files keep the models' own names.
+the models; files keep the models' own names (`named.slug`).
 """
 
 import dataclasses
+import functools
 import json
 import pathlib
 from typing import Any
@@ -24,8 +25,8 @@ from spct_jax import records, types
 from spct_jax.algos import metrics
 from spct_jax.judges import grm, meta
 from spct_jax.stages import (
-    checks, console, drawing, exhibit, figures, general, loading, logbook, measure, meta_rm, processes, report,
-    results, trackers,
+    checks, console, drawing, exhibit, figures, general, loading, logbook, measure, meta_rm, named, processes,
+    report,    results, trackers,
 )
 from spct_jax.stages import workdir as workdirs
 from spct_jax.stages.progress import Progress
@@ -58,7 +59,7 @@ def run(config: Any, workdir: Workdir, mesh: Any, generate: Any = None) -> None:
   fields = config.evaluate
   reads = (
       *loading.data_reads(config),
-      *loading.model_reads(config, *fields.models, fields.meta),
+      *named.reads(config, *fields.models, fields.meta),
       *((fields.instructions,) if fields.instructions else ()),
   )
   if workdir.is_done('evaluate', config, reads):
@@ -66,27 +67,31 @@ def run(config: Any, workdir: Workdir, mesh: Any, generate: Any = None) -> None:
   tok = loading.tokenizer(config)
   data = loading.data(config)
   examples = data.heldout
-  lm = loading.model(config, tok)
   settings = loading.judge_settings(config, fields, orders=fields.orders, single=fields.single)
   greedy_settings = dataclasses.replace(
       settings, temperature=0.0, top_p=1.0, top_k=0, min_p=0.0, orders='balanced'
   )
   folder = workdir.start('evaluate', config, reads)
   processes.only_writer(lambda: _clear(workdir.path), what='clearing the report')
-  bind = loading.generator(config, lm, tok, mesh, generate)
   score = _meta_scorer(config, workdir, mesh, tok) if fields.meta else None
   rows = general.load(config, tok) if fields.instructions else None
-  reproduce = general.scorer(config, lm, mesh) if fields.instructions else None
+
+  @functools.lru_cache(maxsize=None)
+  def tools(decoder):
+    """What is compiled once for all models of one shape."""
+    return loading.generator(config, decoder, tok, mesh, generate), general.scorer(config, decoder, mesh)
 
   watch = trackers.compiled(config.trackers)
   found, judged = {}, np.ones(len(examples), bool)
   for name, stage in zip(fields.models, loading.stage_names(config)):
-    params = loading.params(config, name, lm, workdir, mesh)
+    decoder, file, said = loading.model(config, tok, name=name), named.slug(name), named.label(name)
+    bind, reproduce = tools(decoder)
+    params = loading.params(config, name, decoder, workdir, mesh)
     told = None
     if rows is not None:
       told = general.measure(
-          config, reproduce, params, rows, folder / f'{name}-instructions.jsonl',
-          pad_id=tok.pad_id, desc=f'evaluate {name}, instructions',
+          config, reproduce, params, rows, folder / f'{file}-instructions.jsonl',
+          pad_id=tok.pad_id, desc=f'evaluate {said}, instructions',
       )
     judge = grm.Judge(bind('evaluate', params), tok, settings)
     planned = grm.plan(judge, examples, samples=fields.samples, stage='evaluate')
@@ -95,11 +100,11 @@ def run(config: Any, workdir: Workdir, mesh: Any, generate: Any = None) -> None:
       drawing.name_overlong(
           examples, planned.overlong, limit=settings.buckets[-1], desc='evaluate', strict=config.strict
       )
-    drawn = drawing.draw(judge, planned, folder / f'{name}.jsonl', desc=f'evaluate {name}')
+    drawn = drawing.draw(judge, planned, folder / f'{file}.jsonl', desc=f'evaluate {said}')
     logits = None
     if score is not None:
       logits = _meta_scores(
-          config, score, examples, drawn, settings, tok, folder / f'{name}-meta.jsonl', name
+          config, score, examples, drawn, settings, tok, folder / f'{file}-meta.jsonl', said
       )
     pool = measure.pool_of(examples, drawn, samples=fields.samples, logits=logits)
     first = {t.uid: t for t in drawn if t.sample == 0}
@@ -108,7 +113,7 @@ def run(config: Any, workdir: Workdir, mesh: Any, generate: Any = None) -> None:
     if fields.greedy:
       judge = grm.Judge(bind('greedy', params), tok, greedy_settings)
       planned = grm.plan(judge, examples, samples=2, stage='greedy')
-      drawn = drawing.draw(judge, planned, folder / f'{name}-greedy.jsonl', desc=f'evaluate {name}, greedy')
+      drawn = drawing.draw(judge, planned, folder / f'{file}-greedy.jsonl', desc=f'evaluate {said}, greedy')
       greedy = measure.pool_of(examples, drawn, samples=2, logits=None)
     found[stage] = Said(pool, greedy, first, told, tracked)
     del params, judge
@@ -127,7 +132,7 @@ def _clear(path: pathlib.Path) -> None:
 
 
 def _meta_scorer(config, workdir, mesh, tok):
-  decoder = loading.model(config, tok, head_kind='scalar')
+  decoder = loading.model(config, tok, name=config.evaluate.meta, head_kind='scalar')
   params = loading.params(config, config.evaluate.meta, decoder, workdir, mesh)
   return meta_rm.scorer(decoder, params, mesh)
 

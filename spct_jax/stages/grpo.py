@@ -24,7 +24,7 @@ from spct_jax import sharding, types
 from spct_jax.algos import grpo, metrics, outcome, rft
 from spct_jax.data import stream
 from spct_jax.judges import grm
-from spct_jax.stages import checks, drawing, fit, loading, processes, results, sample, trackers
+from spct_jax.stages import checks, drawing, fit, loading, named, processes, results, sample, trackers
 from spct_jax.stages.measure import THRESHOLDS
 from spct_jax.stages.progress import Progress
 from spct_jax.stages.workdir import Workdir
@@ -38,22 +38,23 @@ VALIDATE = 'grpo-validate'  # names the randomness of validation: no rollout of 
 
 
 def run(config: Any, workdir: Workdir, mesh: Any, generate: Any = None) -> None:
-  """Trains `config.grpo.init` against itself frozen."""
+  """Trains `config.grpo.init` against itself frozen, or against `config.grpo.reference`."""
   checks.stage(config, mesh, 'grpo')
   fields = config.grpo
   reads = (
       *(EASY if fields.drop_too_easy else ()),
       *loading.data_reads(config),
-      *loading.model_reads(config, fields.init),
+      *named.reads(config, fields.init, fields.reference),
   )
   if workdir.is_done('grpo', config, reads):
     return processes.say('grpo: done before')
   if fields.drop_too_easy:
     sample.require(config, workdir, 'grpo')
   tok = loading.tokenizer(config)
-  decoder = loading.model(config, tok)
+  decoder = loading.model(config, tok, name=fields.init)
+  trained = loading.learner(config, 'grpo', decoder)
   settings = loading.judge_settings(config, fields, orders='group', single='binary')
-  bind = loading.generator(config, decoder, tok, mesh, generate)
+  bind = loading.generator(config, trained, tok, mesh, generate)
   data = loading.data(config)
   examples, lengths = _usable(config, data.train, settings, tok, desc='grpo')
   watched = ()
@@ -66,10 +67,16 @@ def run(config: Any, workdir: Workdir, mesh: Any, generate: Any = None) -> None:
   # The bucket of each item's prompt: rows of one bucket are alike in length.
   groups = np.searchsorted(sorted(settings.buckets), lengths) if fields.group_by_length else None
   workdir.start('grpo', config, reads)
-  reference = loading.params(config, fields.init, decoder, workdir, mesh)
-  token_logp = objectives.token_logp(decoder, mesh, chunk=config.model.logits_chunk)
+  init = loading.params(config, fields.init, decoder, workdir, mesh)
+  # Under adapters these arrays are the frozen base too: the reference is the policy with its adapters off.
+  reference, referee = init, decoder
+  if fields.reference not in ('', fields.init):
+    referee = loading.model(config, tok, name=fields.reference)
+    reference = loading.params(config, fields.reference, referee, workdir, mesh)
+  ref_logp = objectives.token_logp(referee, mesh, chunk=config.model.logits_chunk)
+  own_logp = ref_logp if trained == referee else objectives.token_logp(trained, mesh, chunk=config.model.logits_chunk)
   loss_fn = objectives.grpo_objective(
-      decoder,
+      trained,
       clip_eps=fields.clip_eps,
       kl_coef=fields.kl_coef,
       temperature=fields.temperature,
@@ -81,14 +88,16 @@ def run(config: Any, workdir: Workdir, mesh: Any, generate: Any = None) -> None:
     judged = grm.judge(judge, watched, samples=fields.validate_samples, stage=VALIDATE)
     return validation(judged, watched, tracked)
 
-  with fit.open_session(config, workdir, mesh, stage='grpo', decoder=decoder) as session:
-    state, start = session.start(lambda: reference)
+  with fit.open_session(config, workdir, mesh, stage='grpo', trained=trained) as session:
+    state, frozen, start = session.start(lambda: init)
+    del init
     step_fn = update.make_step(
         loss_fn,
         session.optimizer,
         microbatches=fields.microbatches,
         mesh=mesh,
         shardings=session.shardings,
+        frozen=frozen,
     )
     if fields.steps == 0:
       session.save(0, state)
@@ -98,11 +107,11 @@ def run(config: Any, workdir: Workdir, mesh: Any, generate: Any = None) -> None:
         began = time.perf_counter()
         checked = {}
         if fields.validate_every and step % fields.validate_every == 0:
-          checked = validate(state['params'])
+          checked = validate(session.params(state, frozen))
           latest = checked['validation/accuracy']
         clock = {'start': time.perf_counter()}
         chosen, visits = _items(config, examples, groups, step)
-        judge = grm.Judge(bind('grpo', state['params']), tok, settings)
+        judge = grm.Judge(bind('grpo', session.params(state, frozen)), tok, settings)
         judged = grm.judge(judge, chosen, samples=fields.group, stage='grpo', visits=visits)
         del judge  # and with it the sampler's view of the parameters
         clock['sampled'] = time.perf_counter()
@@ -114,10 +123,10 @@ def run(config: Any, workdir: Workdir, mesh: Any, generate: Any = None) -> None:
           progress.update(1)
         else:
           device = update.put_batch(batch, mesh)
-          device['ref_logp'] = token_logp(reference, device, fields.temperature)
+          device['ref_logp'] = ref_logp(reference, device, fields.temperature)
           device['old_logp'] = device['sampler_logp']
           if fields.old_logp == 'learner':
-            device['old_logp'] = token_logp(state['params'], device, fields.temperature)
+            device['old_logp'] = own_logp(session.params(state, frozen), device, fields.temperature)
           for inner in range(fields.updates):
             state, new = step_fn(state, device)
             if inner == 0:  # the gap between sampler and learner means something before the first update only
@@ -139,7 +148,7 @@ def run(config: Any, workdir: Workdir, mesh: Any, generate: Any = None) -> None:
           session.save(step + 1, state)
     if fields.validate_every:
       began = time.perf_counter()
-      checked = validate(state['params'])
+      checked = validate(session.params(state, frozen))
       # A row of its own, beyond the last checkpoint: a run that is killed before it is done writes it anew.
       session.writer.write(fields.steps, checked, {'validation_seconds': time.perf_counter() - began})
       processes.say(

@@ -5,6 +5,8 @@ This is where a ConfigDict ends: everything below takes keyword arguments and sm
 
 import dataclasses
 import functools
+import json
+import pathlib
 import time
 from collections.abc import Callable
 from typing import Any
@@ -13,17 +15,15 @@ import jax
 import numpy as np
 
 from spct_jax import benchmarks, sharding, types
-from spct_jax.data import heldout
+from spct_jax.data import heldout, stream
 from spct_jax.judges import grm, prompts
 from spct_jax.models.config import BlockConfig, ModelConfig
 from spct_jax.models.transformer import Transformer
 from spct_jax.sampling.engine import Engine
-from spct_jax.stages import processes
-from spct_jax.stages.workdir import Workdir
+from spct_jax.stages import named, processes
+from spct_jax.stages.workdir import Workdir, content
 from spct_jax.text import tokenizer as tokenizers
-from spct_jax.train import checkpoint, optim
-
-TRAINED = ('sft', 'rft', 'grpo')  # stages whose checkpoint is a language model
+from spct_jax.train import checkpoint, lora, optim
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,65 +143,110 @@ def setup_reads(config: Any) -> tuple[str, ...]:
     found.append(config.tokenizer.path)
   if config.judge.template not in prompts.builtin_templates():
     found.append(config.judge.template)
-  if config.model.path:
-    found.append(f'{config.model.path}/config.json')
+  shape = named.root(config, 'base', 'model.path')
+  if shape.kind == 'folder':
+    found.append(f'{shape.path}/config.json')
   return tuple(found)
 
 
-def model_reads(config: Any, *names: str) -> tuple[str, ...]:
-  """What the parameters called `names` depend on: a trained stage's record, or the imported folder."""
-  found = []
-  for name in names:
-    if name == 'base':
-      found += [config.model.path] if config.model.path else []
-    elif name:
-      found.append(f'{name}/DONE.json')
-  return tuple(dict.fromkeys(found))
-
-
-def model(config: Any, tok: tokenizers.Tokenizer, *, head_kind: str = 'lm') -> Transformer:
-  """The decoder of the config page, or of the imported folder, with a language or a scalar head."""
-  fields = config.model
-  if fields.path:
+def model(config: Any, tok: tokenizers.Tokenizer, *, name: str = 'base', head_kind: str = 'lm') -> Transformer:
+  """The decoder that `name` stands for (`stages.named`), with a language or a scalar head."""
+  links = named.chain(config, name)
+  shape, fields = links[-1], config.model
+  padded = config
+  for link in links:
+    if link.kind == 'stage':  # its checkpoint holds the padding rows of the vocabulary too
+      padded = link.config
+      if link.path and link.config.tokenizer.path:  # an import without one goes by its folder's, below
+        _same_tokens(config, tok, link.config.tokenizer.path, f'{link.path}:{link.stage}')
+  own = {
+      'dtype': fields.dtype,
+      'param_dtype': fields.param_dtype,
+      'remat': fields.remat,
+      'vocab_multiple': padded.model.vocab_multiple,
+      'head_kind': head_kind,
+  }
+  if shape.kind == 'folder':
     from spct_jax.models import hf  # needs safetensors, which a random decoder does not
-    settings = hf.read_config(fields.path)
-    settings = dataclasses.replace(
-        settings,
-        dtype=fields.dtype,
-        param_dtype=fields.param_dtype,
-        remat=fields.remat,
-        vocab_multiple=fields.vocab_multiple,
-    )
+    settings = dataclasses.replace(hf.read_config(shape.path), **own)
     if tok.vocab_size > settings.vocab_size:
       raise ValueError(
           f'the tokenizer {config.tokenizer.path!r} has {tok.vocab_size} tokens, but the model in '
-          f'{fields.path!r} embeds {settings.vocab_size}; give the tokenizer that belongs to the model'
+          f'{shape.path!r} embeds {settings.vocab_size}; give the tokenizer that belongs to the model'
       )
-  else:
-    blocks = lambda windows: tuple(
-        BlockConfig(window=window or None, rope_theta=fields.rope_theta) for window in windows
+    if (pathlib.Path(shape.path) / 'tokenizer.json').is_file():
+      _same_tokens(config, tok, shape.path, shape.path)
+    return Transformer(settings)
+  size = tok.vocab_size if shape.config is config else tokenizer(shape.config).vocab_size
+  page = shape.config.model
+  blocks = lambda windows: tuple(BlockConfig(window=window or None, rope_theta=page.rope_theta) for window in windows)
+  return Transformer(ModelConfig(
+      vocab_size=size,
+      width=page.width,
+      heads=page.heads,
+      kv_heads=page.kv_heads,
+      head_dim=page.head_dim,
+      ffn=page.ffn,
+      head=blocks(page.head_windows),
+      period=blocks(page.period_windows),
+      num_periods=page.num_periods,
+      remainder=blocks(page.remainder_windows),
+      tied=page.tied,
+      norm_eps=page.norm_eps,
+      qkv_bias=page.qkv_bias,
+      qk_norm=page.qk_norm,
+      **own,
+  ))
+
+
+def _same_tokens(config, tok, path, model_):
+  """A model of another tokenizer would read other words than were written, and nobody would notice."""
+  if path == config.tokenizer.path:
+    return
+  theirs = _tokens(str(path))
+  ours = _tokens(str(config.tokenizer.path))
+  other = [index for index in sorted(ours.keys() & theirs.keys()) if ours[index] != theirs[index]]
+  if other:
+    index = other[0]
+    raise ValueError(
+        f'the model {model_!r} has another tokenizer than {config.tokenizer.path!r}: {len(other)} ids stand for other '
+        f'tokens, the first is {index} ({theirs[index]!r} there, {ours[index]!r} here); set tokenizer.path to the one '
+        'that belongs to the model'
     )
-    settings = ModelConfig(
-        vocab_size=tok.vocab_size,
-        width=fields.width,
-        heads=fields.heads,
-        kv_heads=fields.kv_heads,
-        head_dim=fields.head_dim,
-        ffn=fields.ffn,
-        head=blocks(fields.head_windows),
-        period=blocks(fields.period_windows),
-        num_periods=fields.num_periods,
-        remainder=blocks(fields.remainder_windows),
-        vocab_multiple=fields.vocab_multiple,
-        tied=fields.tied,
-        norm_eps=fields.norm_eps,
-        qkv_bias=fields.qkv_bias,
-        qk_norm=fields.qk_norm,
-        dtype=fields.dtype,
-        param_dtype=fields.param_dtype,
-        remat=fields.remat,
-    )
-  return Transformer(dataclasses.replace(settings, head_kind=head_kind))
+
+
+@functools.lru_cache(maxsize=8)
+def _tokens(path: str) -> dict[int, str]:
+  return {index: token for token, index in tokenizers.load(path).hf.get_vocab().items()}
+
+
+def lora_settings(config: Any, stage: str) -> lora.Settings | None:
+  """The adapters that a training stage learns in the place of all parameters; None where it learns these."""
+  rank = named.lora_rank(config, stage)
+  if not rank:
+    return None
+  fields = config[stage].lora
+  try:
+    return lora.Settings(rank, fields.alpha, tuple(fields.targets), fields.rslora)
+  except ValueError as error:
+    raise ValueError(f'{stage}.{error}') from None
+
+
+def learner(config: Any, stage: str, decoder: Transformer) -> Transformer | lora.Adapted:
+  """What a training stage trains: the decoder, or adapters on it."""
+  settings = lora_settings(config, stage)
+  if settings is None:
+    return decoder
+  try:
+    lora.adapted(decoder, settings)
+  except ValueError as error:
+    raise ValueError(f'{stage}.{error}') from None
+  return lora.Adapted(decoder, settings)
+
+
+def adapters_key(config: Any, stage: str) -> jax.Array:
+  """What a stage's adapters start from."""
+  return jax.random.key(stream.stage_seed(config.seed, f'{stage}/lora'))
 
 
 def with_head(decoder: Transformer, head_kind: str) -> Transformer:
@@ -210,7 +255,7 @@ def with_head(decoder: Transformer, head_kind: str) -> Transformer:
 
 def stage_names(config: Any) -> tuple[str, ...]:
   """What results, report and figures call the evaluated models: `evaluate.names`, or their own names."""
-  return tuple(config.evaluate.names) or tuple(config.evaluate.models)
+  return tuple(config.evaluate.names) or tuple(map(named.label, config.evaluate.models))
 
 
 def rules(pairs: Any) -> sharding.Rules:
@@ -219,35 +264,95 @@ def rules(pairs: Any) -> sharding.Rules:
 
 
 def params(config: Any, name: str, decoder: Transformer, workdir: Workdir, mesh: Any) -> Any:
-  """Parameters of 'base' (imported or random) or of a finished stage, sharded for the learner.
+  """Parameters of the model called `name` (`stages.named`), sharded for the learner; adapters are merged.
 
-  A decoder with a scalar head takes its backbone from there and a fresh head.
+  A decoder with a scalar head takes its backbone from a language model and a fresh head.
   """
+  return _params(config, named.chain(config, name), decoder, workdir, mesh)
+
+
+def _params(config, links, decoder, workdir, mesh):
+  first, *below = links
   layout = sharding.tree_shardings(decoder.abstract_params(), rules(config.sharding.rules), mesh)
   fresh = jax.jit(decoder.init, out_shardings=layout)
+  if first.kind == 'random':
+    return fresh(jax.random.key(first.config.seed))
   key = jax.random.key(config.seed)
-  if name == 'base':
-    if not config.model.path:
-      return fresh(key)
+  if first.kind == 'folder':
     from spct_jax.models import hf
     _, imported = hf.load(
-        config.model.path,
+        first.path,
         dtype=config.model.param_dtype,
         mesh=mesh,
         rules=rules(config.sharding.rules),
-        vocab_multiple=config.model.vocab_multiple,
+        vocab_multiple=decoder.config.vocab_multiple,
     )
     if decoder.config.head_kind == 'lm' or 'reward' in imported:
       return imported
     start = fresh(key)
     return {**{k: v for k, v in imported.items() if k in start}, 'reward': start['reward']}
-  folder = workdir.stage_dir(name) / 'checkpoint'
-  done = workdir.stage_dir(name) / 'DONE.json'
+  if not named.is_adapters(first):
+    return checkpoint.load_params(_finished(first, workdir), decoder, layout, key=key)
+  adapted, learnt = _adapters(config, links, decoder, workdir, mesh)
+  base = _params(config, below, decoder, workdir, mesh)
+  # The base is given up: on top of the merged parameters there is never a whole second copy.
+  merge = jax.jit(lora.merge, static_argnums=2, out_shardings=layout, donate_argnums=0)
+  return merge(base, learnt, adapted.settings)
+
+
+def adapters(
+    config: Any, links: tuple[named.Model, ...], decoder: Transformer, workdir: Workdir | None, mesh: Any
+) -> tuple[lora.Adapted, Any, named.Model]:
+  """(adapted model, adapters, what they are on) of a chain of names that begins with adapters.
+
+  Adapters upon adapters are put together as one (`lora.concatenate`).
+  """
+  parts = []
+  while named.is_adapters(links[0]):
+    parts.append(_adapters(config, links, decoder, workdir, mesh))
+    links = links[1:]
+  return *lora.concatenate(parts), links[0]
+
+
+def _adapters(config, links, decoder, workdir, mesh):
+  """The adapters of the first of the links."""
+  first, *below = links
+  if first.kind == 'adapter':
+    from spct_jax.train import peft
+    kind = peft.read_config(first.path).head_kind
+    return peft.load(first.path, with_head(decoder, kind), mesh, rules(config.sharding.rules))
+  folder = _finished(first, workdir)
+  processes.as_writer_says(lambda: _check_base(folder.parent / 'DONE.json', below), what=f'the base of {first.stage}')
+  model_ = with_head(decoder, 'scalar' if first.stage == 'meta_rm' else 'lm')
+  adapted = lora.Adapted(model_, lora_settings(first.config, first.stage))
+  layout = sharding.tree_shardings(adapted.abstract_params(), rules(config.sharding.rules), mesh)
+  return adapted, checkpoint.load_params(folder, adapted, layout, key=jax.random.key(config.seed))
+
+
+def _finished(link, workdir):
+  """The checkpoints of a finished stage."""
+  folder = named.checkpoint(link, None if workdir is None else workdir.path)
+  done = folder.parent / 'DONE.json'
   if not processes.as_writer_says(done.exists, what=f'looking for {done}'):
     raise ValueError(
-        f'model {name!r}: {folder} holds no finished training; run --config.stage={name} on this workdir first'
+        f'model {link.stage!r}: {folder} holds no finished training; run --config.stage={link.stage} on this workdir '
+        'first'
     )
-  return checkpoint.load_params(folder, decoder, layout, key=key)
+  return folder
+
+
+def _check_base(done, below):
+  """The folders that adapters were trained on must hold what they held then."""
+  recorded = json.loads(done.read_text(encoding='utf-8'))['fingerprint']['inputs']
+  for model_ in below:
+    if model_.kind == 'stage' and not named.is_adapters(model_):
+      break
+    if model_.kind in ('folder', 'adapter') and recorded.get(model_.path) not in (None, content(model_.path)):
+      raise ValueError(
+          f'{done.parent}: its adapters were trained on the model in {model_.path}, which has changed since; restore '
+          f'the folder, or train again'
+      )
+  return True
 
 
 def optim_settings(stage: Any) -> optim.OptimSettings:
@@ -289,7 +394,9 @@ def judge_settings(config: Any, section: Any, *, orders: str, single: str) -> gr
   )
 
 
-def engine(config: Any, decoder: Transformer, tok: tokenizers.Tokenizer, mesh: Any, stage: str) -> Engine:
+def engine(
+    config: Any, decoder: Transformer | lora.Adapted, tok: tokenizers.Tokenizer, mesh: Any, stage: str
+) -> Engine:
   """The sampler of a stage; its randomness is keyed by the stage's name."""
   dtype = config.model.sampler_dtype
   return Engine(
@@ -305,23 +412,29 @@ def engine(config: Any, decoder: Transformer, tok: tokenizers.Tokenizer, mesh: A
 
 
 def sampler_view(
-    config: Any, decoder: Transformer, mesh: Any, learner_params: Any
+    config: Any, trained: Transformer | lora.Adapted, mesh: Any, learner_params: Any
 ) -> tuple[Any, dict[str, float]]:
   """The sampler's copy of the parameters, in its dtype and layout, and its cost {'view_bytes', 'view_seconds'}.
 
-  Where dtype and layout are the learner's own, it is the learner's own arrays and costs nothing (decision 3).
+  Where dtype and layout are the learner's own, it is the learner's own arrays and costs nothing (decision 3). Of a
+  frozen base with adapters it is W + s A B.
   """
+  settings = trained.settings if isinstance(trained, lora.Adapted) else None
+  decoder = trained.model if isinstance(trained, lora.Adapted) else trained
   dtype = np.dtype(config.model.sampler_dtype)
   layout = sharding.tree_shardings(decoder.abstract_params(), rules(config.sharding.sampler_rules), mesh)
-  same = jax.tree_util.tree_map_with_path(
-      lambda path, leaf, where: leaf.dtype == _sampler_dtype(path, leaf, dtype) and leaf.sharding.is_equivalent_to(where, leaf.ndim),
-      learner_params,
-      layout,
-  )
-  if all(jax.tree.leaves(same)):
-    return learner_params, {'view_bytes': 0.0, 'view_seconds': 0.0}
+  if settings is None:
+    same = jax.tree_util.tree_map_with_path(
+        lambda path, leaf, where: (
+            leaf.dtype == _sampler_dtype(path, leaf, dtype) and leaf.sharding.is_equivalent_to(where, leaf.ndim)
+        ),
+        learner_params,
+        layout,
+    )
+    if all(jax.tree.leaves(same)):
+      return learner_params, {'view_bytes': 0.0, 'view_seconds': 0.0}
   start = time.perf_counter()
-  view = jax.block_until_ready(_cast(str(dtype), _frozen(layout))(learner_params))
+  view = jax.block_until_ready(_cast(str(dtype), _frozen(layout), settings)(learner_params))
   size = sharding.bytes_per_device(view, layout)
   return view, {'view_bytes': float(size), 'view_seconds': time.perf_counter() - start}
 
@@ -337,22 +450,23 @@ def _frozen(tree):
 
 
 @functools.lru_cache(maxsize=None)
-def _cast(dtype: str, layout: tuple):
-  """One compiled cast and reshard per dtype and layout."""
+def _cast(dtype: str, layout: tuple, settings: lora.Settings | None):
+  """One compiled merge, cast and reshard per dtype, layout and adapters."""
   leaves, structure = layout
-  return jax.jit(
-      lambda tree: jax.tree_util.tree_map_with_path(
-          lambda path, leaf: leaf.astype(_sampler_dtype(path, leaf, dtype)), tree
-      ),
-      out_shardings=jax.tree.unflatten(structure, leaves),
-  )
+
+  def view(tree):
+    if settings is not None:
+      tree = lora.merge(tree['frozen'], tree['adapters'], settings, dtype)
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: leaf.astype(_sampler_dtype(path, leaf, dtype)), tree)
+
+  return jax.jit(view, out_shardings=jax.tree.unflatten(structure, leaves))
 
 
 Factory = Callable[[str, Any], grm.Generate]
 
 
 def generator(
-    config: Any, decoder: Transformer, tok: tokenizers.Tokenizer, mesh: Any, generate: Factory | None
+    config: Any, trained: Transformer | lora.Adapted, tok: tokenizers.Tokenizer, mesh: Any, generate: Factory | None
 ) -> Factory:
   """`(stage, params) -> Generate`: the given one, or the engine, compiled once per stage.
 
@@ -365,8 +479,8 @@ def generator(
 
   def bind(stage, learner_params):
     if stage not in engines:
-      engines[stage] = engine(config, decoder, tok, mesh, stage)
-    view, bind.cost = sampler_view(config, decoder, mesh, learner_params)
+      engines[stage] = engine(config, trained, tok, mesh, stage)
+    view, bind.cost = sampler_view(config, trained, mesh, learner_params)
     return lambda prompts_, tasks, infos: engines[stage].launch(view, prompts_, tasks)
 
   bind.cost = {}

@@ -18,7 +18,7 @@ from spct_jax import sharding, types
 from spct_jax.algos import metrics
 from spct_jax.data import heldout, stream
 from spct_jax.judges import grm, meta
-from spct_jax.stages import checks, drawing, fit, loading, processes, sample
+from spct_jax.stages import checks, drawing, fit, loading, named, processes, sample
 from spct_jax.stages.workdir import Workdir
 from spct_jax.train import batches, objectives, update
 
@@ -52,7 +52,7 @@ def run(config: Any, workdir: Workdir, mesh: Any, generate: Any = None) -> None:
   reads = (
       *READS,
       *loading.data_reads(config),
-      *loading.model_reads(config, fields.init, fields.policy),
+      *named.reads(config, fields.init, fields.policy),
   )
   if workdir.is_done('meta_rm', config, reads):
     return processes.say('meta_rm: done before')
@@ -64,7 +64,7 @@ def run(config: Any, workdir: Workdir, mesh: Any, generate: Any = None) -> None:
   )
   folder = workdir.start('meta_rm', config, reads)
 
-  lm = loading.model(config, tok)
+  lm = loading.model(config, tok, name=fields.policy)
   policy = loading.params(config, fields.policy, lm, workdir, mesh)
   judge = grm.Judge(loading.generator(config, lm, tok, mesh, generate)('meta_rm', policy), tok, settings)
   planned = grm.plan(judge, data.train, samples=fields.samples, stage='meta_rm')
@@ -94,7 +94,8 @@ def run(config: Any, workdir: Workdir, mesh: Any, generate: Any = None) -> None:
         'its guidance is no better than chance'
     )
 
-  decoder = loading.model(config, tok, head_kind='scalar')
+  decoder = loading.model(config, tok, name=fields.init, head_kind='scalar')
+  trained = loading.learner(config, 'meta_rm', decoder)
 
   groups = None
   if fields.group_by_length:
@@ -118,13 +119,13 @@ def run(config: Any, workdir: Workdir, mesh: Any, generate: Any = None) -> None:
       workdir,
       mesh,
       stage='meta_rm',
-      decoder=decoder,
+      trained=trained,
       params=functools.partial(loading.params, config, fields.init, decoder, workdir, mesh),
-      loss_fn=objectives.meta_rm_objective(decoder),
+      loss_fn=objectives.meta_rm_objective(trained),
       batch_of=batch_of,
       steps=fields.steps,
   )
-  score = scorer(decoder, params, mesh)
+  score = scorer(trained, params, mesh)
   # Of the training rows as many as are held out, and at least 1,000: enough to see a fit that does not carry over.
   spread = np.unique(np.linspace(0, len(train) - 1, min(len(train), max(len(held), 1000))).round().astype(int))
   for name, rows in (('train', [train[i] for i in spread]), ('heldout', held)):

@@ -27,6 +27,7 @@ def run_stages(
 ) -> None:
   """Checks everything, then runs the stages in turn."""
   check(names, config, workdir, mesh)
+  _record_template(config, workdir)
   for number, name in enumerate(names, start=1):
     processes.say(f'--- {number}/{len(names)} {name}')
     _module(name).run(config, workdir, mesh, generate)
@@ -73,6 +74,20 @@ def check(names: tuple[str, ...], config: Any, workdir: Workdir, mesh: Any) -> N
         f'the evaluated items: {", ".join(found.validation_contaminated[:5])}'
     )
   _check_lengths(config, found, names)
+
+
+def _record_template(config, workdir):
+  """W/chat_template.jinja is what frames every prompt of the run: the tokenizer's template, or the fallback."""
+  tok = loading.tokenizer(config)
+  path = workdir.path / 'chat_template.jinja'
+
+  def write():
+    if not path.is_file() or path.read_bytes() != tok.template.encode():  # a finished run stays as it is
+      processes.write_text(path, tok.template)
+
+  processes.only_writer(write, what=f'writing {path}')
+  if tok.chat_template is None:
+    processes.say('chat template: the tokenizer has none; prompts are framed by plain lines (chat_template.jinja)')
 
 
 def _check_lengths(config, found, names):

@@ -16,7 +16,7 @@ from spct_jax import types
 from spct_jax.algos import rft
 from spct_jax.data import instructions, stream
 from spct_jax.judges import grm
-from spct_jax.stages import checks, drawing, fit, loading, processes, sample, sft
+from spct_jax.stages import checks, drawing, fit, loading, named, processes, sample, sft
 from spct_jax.stages.workdir import Workdir
 from spct_jax.train import batches, objectives
 
@@ -71,14 +71,15 @@ def run(config: Any, workdir: Workdir, mesh: Any, generate: Any = None) -> None:
       *READS,
       *((config.data.instructions,) if fields.general_fraction > 0 else ()),
       *loading.data_reads(config),
-      *loading.model_reads(config, fields.init),
+      *named.reads(config, fields.init),
   )
   if workdir.is_done('rft', config, reads):
     return processes.say('rft: done before')
   sample.require(config, workdir, 'rft')
   tok = loading.tokenizer(config)
   data = loading.data(config)
-  decoder = loading.model(config, tok)
+  decoder = loading.model(config, tok, name=fields.init)
+  trained = loading.learner(config, 'rft', decoder)
   settings = loading.judge_settings(
       config, config.sample, orders=config.sample.orders, single='binary'
   )
@@ -128,9 +129,9 @@ def run(config: Any, workdir: Workdir, mesh: Any, generate: Any = None) -> None:
       workdir,
       mesh,
       stage='rft',
-      decoder=decoder,
+      trained=trained,
       params=functools.partial(loading.params, config, fields.init, decoder, workdir, mesh),
-      loss_fn=objectives.sft_objective(decoder, chunk=config.model.logits_chunk),
+      loss_fn=objectives.sft_objective(trained, chunk=config.model.logits_chunk),
       batch_of=batch_of,
       steps=steps,
       extra=lambda batch: {'general_fraction': float(batch['general'][batch['row_mask']].mean())},

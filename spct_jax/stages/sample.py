@@ -8,7 +8,7 @@ import json
 from typing import Any
 
 from spct_jax.judges import grm
-from spct_jax.stages import checks, drawing, loading, processes
+from spct_jax.stages import checks, drawing, loading, named, processes
 from spct_jax.stages.workdir import Workdir
 
 READS = ()
@@ -22,7 +22,7 @@ WRITES = (
 
 def reads(config: Any) -> tuple[str, ...]:
   """What the drawn trajectories depend on."""
-  return (*loading.data_reads(config), *loading.model_reads(config, config.sample.model))
+  return (*loading.data_reads(config), *named.reads(config, config.sample.model))
 
 
 def require(config: Any, workdir: Workdir, stage: str) -> None:
@@ -42,7 +42,7 @@ def run(config: Any, workdir: Workdir, mesh: Any, generate: Any = None) -> None:
     return processes.say('sample: done before')
   tok = loading.tokenizer(config)
   data = loading.data(config)
-  decoder = loading.model(config, tok)
+  decoder = loading.model(config, tok, name=fields.model)
   settings = loading.judge_settings(config, fields, orders=fields.orders, single='binary')
   folder = workdir.start('sample', config, reads(config))
   params = loading.params(config, fields.model, decoder, workdir, mesh)

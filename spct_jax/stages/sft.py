@@ -9,7 +9,7 @@ from typing import Any
 from spct_jax import types
 from spct_jax.data import instructions, stream
 from spct_jax.data.preference import Loaded
-from spct_jax.stages import checks, fit, loading, processes
+from spct_jax.stages import checks, fit, loading, named, processes
 from spct_jax.stages.workdir import Workdir
 from spct_jax.text import chat, encode
 from spct_jax.text.tokenizer import Tokenizer
@@ -73,14 +73,15 @@ def run(config: Any, workdir: Workdir, mesh: Any, generate: Any = None) -> None:
   reads = (
       source,
       *loading.setup_reads(config),
-      *loading.model_reads(config, config.sft.init),
+      *named.reads(config, config.sft.init),
   )
   if workdir.is_done('sft', config, reads):
     return processes.say('sft: done before')
   tok = loading.tokenizer(config)
   loaded = instructions.load(source, strict=config.strict)
   data = rows(loaded, tok, tuple(config.sft.buckets), what='sft', strict=config.strict)
-  decoder = loading.model(config, tok)
+  decoder = loading.model(config, tok, name=config.sft.init)
+  trained = loading.learner(config, 'sft', decoder)
   seed, order = stream.stage_seed(config.seed, 'sft'), stream.ORDERS[config.sft.order]
   workdir.start('sft', config, reads)
 
@@ -99,9 +100,9 @@ def run(config: Any, workdir: Workdir, mesh: Any, generate: Any = None) -> None:
       workdir,
       mesh,
       stage='sft',
-      decoder=decoder,
+      trained=trained,
       params=functools.partial(loading.params, config, config.sft.init, decoder, workdir, mesh),
-      loss_fn=objectives.sft_objective(decoder, chunk=config.model.logits_chunk),
+      loss_fn=objectives.sft_objective(trained, chunk=config.model.logits_chunk),
       batch_of=batch_of,
       steps=config.sft.steps,
   )

@@ -1,6 +1,7 @@
 """What a run leaves on disk, and how the same command continues it (`DESIGN.md`, 'A workdir').
 
     W/config.json            the whole config, written at first use
+    W/chat_template.jinja    what frames every prompt: the tokenizer's own template, or the fallback
     W/metrics.jsonl          rows {stage, step, ...} of what is deterministic
     W/timing.jsonl           rows {stage, step, ...} of seconds and bytes
     W/tensorboard/<stage>/   both, for TensorBoard
@@ -20,6 +21,7 @@ Rules:
 
 import dataclasses
 import fcntl
+import functools
 import hashlib
 import json
 import math
@@ -45,6 +47,7 @@ __all__ = (
   'Workdir',
   'barrier',
   'commit',
+  'content',
   'is_writer',
   'open_workdir',
   'plain',
@@ -128,14 +131,33 @@ def version() -> str | None:
     return None
 
 
-def _content(path: pathlib.Path) -> str:
+def content(path: str | os.PathLike[str]) -> str:
   """Hash of a file, read as a stream, or of every file under a folder with its name."""
+  path = pathlib.Path(path)
   if path.is_dir():
     # Python writes caches of bytecode beside the files of a package, at times of its own.
     files = sorted(
       file for file in path.rglob('*') if file.is_file() and file.parent.name != '__pycache__'
     )
-    return _digest([[file.relative_to(path).as_posix(), _content(file)] for file in files])
+    return _digest([[file.relative_to(path).as_posix(), content(file)] for file in files])
+  found = path.stat()
+  if found.st_size < _LARGE:
+    return _file_content(path)
+  return _large_content(path.resolve(), found.st_ino, found.st_size, found.st_mtime_ns)
+
+
+# Of files that nobody writes twice within a tick of the clock; a model's are gigabytes, and asked for by every stage.
+_LARGE = 2**24
+
+
+@functools.lru_cache(maxsize=4096)
+def _large_content(path: pathlib.Path, *state: int) -> str:
+  """`state` tells the file from what it was when it was read."""
+  del state
+  return _file_content(path)
+
+
+def _file_content(path: pathlib.Path) -> str:
   with open(path, 'rb') as file:
     return hashlib.file_digest(file, 'sha256').hexdigest()
 
@@ -216,7 +238,7 @@ class Workdir:
     inputs = {}
     for read in reads:
       path = self.resolve(read)
-      inputs[str(read)] = _content(path) if path.exists() else 'by name'
+      inputs[str(read)] = content(path) if path.exists() else 'by name'
     return {'config': _digest(semantic(config)), 'inputs': inputs}
 
   def is_done(self, stage: str, config: Any, reads: Sequence[str | os.PathLike[str]]) -> bool:

@@ -8,7 +8,8 @@ it gives to an assistant's message.
 
 A tokenizer without a template gets plain lines, `User:`, `Assistant:` and `System:`. Since such a
 line is ordinary text, data spans are neutralised there against these labels, too; where a template
-frames the turns, data spans stay exactly as they came.
+frames the turns, data spans stay exactly as they came. `fallback` is that frame as a template: what
+a run records and an exported model carries. A tokenizer that comes with it is one without a template.
 
 A template that asks for the time (`strftime_now`) is told the start of 2024-07-26, always, so that
 a prompt does not depend on the day on which it is built.
@@ -26,6 +27,17 @@ from spct_jax.types import Message, Span
 # No template contains these, and none finds anything in them to trim or to split.
 _USER, _ASSISTANT = 'QxUserTurnxQ', 'QxAssistantTurnxQ'
 _PLAIN = (f'{markers.TURNS["user"]}:\n', f'\n\n{markers.TURNS["assistant"]}:\n')
+_FALLBACK = (
+    "{% for message in messages %}{% if not loop.first %}{{ '\\n\\n' }}{% endif %}"
+    + ''.join(
+        f"{{% {'el' if i else ''}if message['role'] == '{role}' %}}{{{{ '{label}:\\n' + message['content'] }}}}"
+        for i, (role, label) in enumerate(markers.TURNS.items())
+    )
+    + "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '"
+    + _PLAIN[1].replace('\n', '\\n')
+    + "' }}{% endif %}"
+)
+_BOS = '{{ bos_token }}'
 
 # 2024-07-26 00:00:00, a Friday, in the words of the C locale: what each directive gives.
 _DATE = {
@@ -124,7 +136,21 @@ def turn_end(hf: Any) -> int | None:
 def template_text(hf: Any) -> str | None:
   """The template that answers a plain conversation, of the one or several that a tokenizer has."""
   templates = hf.chat_template
-  return templates.get('default') if isinstance(templates, dict) else templates
+  if isinstance(templates, dict):
+    found = templates.get('default')
+    if found is None and templates:
+      raise ValueError(
+          f'chat template: the tokenizer has templates called {", ".join(map(repr, sorted(templates)))} and none called '
+          "'default', which plain conversations take; name one of them so in its chat_template"
+      )
+  else:
+    found = templates
+  return None if found is not None and found.removeprefix(_BOS) in ('', _FALLBACK) else found
+
+
+def fallback(hf: Any) -> str:
+  """The frame of a tokenizer without a template, as a template."""
+  return (_BOS if _adds_bos(hf) else '') + _FALLBACK
 
 
 def _render(hf: Any, turns: list[tuple[str, str]], add_generation_prompt: bool) -> str:

@@ -25,8 +25,14 @@ from spct_jax import packaged
 from spct_jax.text import chat
 
 BUILTIN = {'builtin:small': pathlib.Path(__file__).parent / 'files' / 'small'}
+# Any of these makes a folder one with a tokenizer.
+FILES = ('tokenizer.json', 'tokenizer_config.json', 'encoder.json', 'tokenizer.model', 'spiece.model', 'vocab.json')
 # How many texts a tokenizer remembers the ids of.
 _FRAMES, _QUOTES = 1024, 64
+_NO_JSON = (
+    'The folder has no tokenizer.json, the one format that is read by itself; make one where the tokenizer loads: '
+    'AutoTokenizer.from_pretrained(folder).save_pretrained(folder)'
+)
 _BLANKS = ' \t\r\n\u2581\u0120\u010a'
 
 
@@ -40,6 +46,7 @@ class Tokenizer:
     pad_id: what fills up a batch; it is never read, masks come from lengths.
     vocab_size: one more than the largest id, added tokens included.
     chat_template: the tokenizer's own jinja template, or None.
+    template: what prompts are framed with: that, or the fallback of `chat` as a template.
   """
 
   hf: Any
@@ -47,6 +54,11 @@ class Tokenizer:
   pad_id: int
   vocab_size: int
   chat_template: str | None
+
+  @property
+  def bos_id(self) -> int | None:
+    """The id that begins a text, None where the tokenizer names none."""
+    return self.hf.bos_token_id
 
   def encode(self, text: str) -> list[int]:
     """Ids of frame text that opens a prompt; special tokens in it are special."""
@@ -65,6 +77,10 @@ class Tokenizer:
     return self.hf.decode(
         [int(index) for index in ids], skip_special_tokens=False, clean_up_tokenization_spaces=False
     )
+
+  @property
+  def template(self) -> str:
+    return chat.fallback(self.hf) if self.chat_template is None else self.chat_template
 
   def save(self, folder: str | pathlib.Path) -> None:
     """Writes the tokenizer's files, which `load` reads."""
@@ -159,6 +175,7 @@ def load(path: str | pathlib.Path) -> Tokenizer:
     raise ValueError(
         f'tokenizer: {folder} holds no tokenizer; expected tokenizer.json, tokenizer_config.json '
         'with the vocabulary files it needs, or encoder.json with vocab.bpe'
+        + (f'. {_NO_JSON}' if any(folder.glob('*.model')) else '')
     )
   return wrap(hf)
 
@@ -167,7 +184,7 @@ def wrap(hf: Any) -> Tokenizer:
   """Puts a loaded `PreTrainedTokenizerFast` behind our calls."""
   if not getattr(hf, 'is_fast', False):
     raise ValueError(
-        f'tokenizer: {type(hf).__name__} is no fast tokenizer; convert it to a tokenizer.json first'
+        f'tokenizer: {type(hf).__name__} is no fast tokenizer; a slow one is not used. {_NO_JSON}'
     )
   ends = [hf.eos_token_id, chat.turn_end(hf)]
   eos_ids = tuple(dict.fromkeys(index for index in ends if index is not None))
@@ -187,11 +204,23 @@ def _read_hf(folder: pathlib.Path) -> Any:
   import transformers  # Imported here: it takes seconds, and light modules import this one.
 
   try:
-    return transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-  except (OSError, TypeError, ValueError, KeyError) as error:
+    hf = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+  except Exception as error:  # It runs code of many authors: one class per tokenizer, and converters.
+    remedy = ''
+    if not (folder / 'tokenizer.json').is_file():
+      remedy = f'. {_NO_JSON}'
     raise ValueError(
-        f'tokenizer: {folder} could not be read as a Hugging Face tokenizer: {error}'
+        f'tokenizer: {folder} could not be read as a Hugging Face tokenizer: {str(error).rstrip(".")}{remedy}'
     ) from error
+  # Without its vocabulary files a tokenizer is made all the same, of special tokens only.
+  if hf.is_fast:
+    ordinary = set(hf.backend_tokenizer.get_vocab(with_added_tokens=False)) - set(hf.all_special_tokens)
+    if not ordinary:
+      raise ValueError(
+          f'tokenizer: {folder} holds a tokenizer_config.json and no vocabulary for it; add tokenizer.json (or '
+          'vocab.json and merges.txt) of the same model'
+      )
+  return hf
 
 
 def _read_gpt2(folder: pathlib.Path) -> Any:

@@ -4,7 +4,7 @@ The update, in this order (gradients are of the mean loss):
 
     g <- g * min(1, clip_norm / |g|)          over the whole tree; clip_norm = 0 switches it off
     u <- m_hat / (sqrt(v_hat) + eps)          Adam with bias correction, b1, b2
-    u <- u + weight_decay * p                 kernels and tables; never norm scales and biases
+    u <- u + weight_decay * p                 kernels, tables and adapters; never norm scales and biases
     p <- p - lr(count) * u                    count = updates applied so far
 
 The paper names only learning rates (RFT 5e-6, RL 4e-7, meta RM 1e-5); the rest are config fields.
@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-_DECAYED = ('kernel', 'table')  # the last name in a leaf's path
+_DECAYED = ('kernel', 'table', 'lora_a', 'lora_b')  # the last name in a leaf's path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +115,7 @@ def make_schedule(settings: OptimSettings) -> Callable[[jax.Array], jax.Array]:
 
 
 def decayed(params: dict) -> dict:
-  """True where weight decay applies: kernels and tables, not norm scales and biases."""
+  """True where weight decay applies: kernels, tables and adapters, not norm scales and biases."""
   return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in _DECAYED, params)
 
 

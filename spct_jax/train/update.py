@@ -15,6 +15,7 @@ microbatches (or hosts) must not change the result. The metrics are reduced in t
 """
 
 from collections.abc import Callable
+import functools
 from typing import Any
 
 import jax
@@ -53,16 +54,23 @@ def make_step(
     microbatches: int,
     mesh: Any,
     shardings: State,
+    frozen: Any = None,
 ) -> Callable[[State, dict], tuple[State, dict[str, jax.Array]]]:
   """The jitted `step(state, batch) -> (state, metrics)`; it donates the state that it is given.
+
+  `frozen` are arrays that the loss reads and no step changes: the state then holds adapters only, and the loss is of
+  `{'frozen': frozen, 'adapters': params}` (`lora.Adapted`). Gradients are of the state's parameters alone.
 
   `batch` is a dict of arrays whose first dimension is the rows (`put_batch`). `metrics` are float32
   scalars, the same on all devices: loss, count (the loss's denominator), the means of `aux`,
   grad_norm (before clipping), param_norm (before the update), learning_rate, skipped.
   """
-  def step(state, batch):
+  def step(state, batch, frozen=None):
     params = state['params']
-    (total, count, aux), grads = _accumulate(loss_fn, params, batch, microbatches, mesh, shardings)
+    loss = loss_fn
+    if frozen is not None:
+      loss = lambda params, part: loss_fn({'frozen': frozen, 'adapters': params}, part)
+    (total, count, aux), grads = _accumulate(loss, params, batch, microbatches, mesh, shardings)
     denominator = jnp.maximum(count, 1).astype(jnp.float32)
     grads = jax.tree.map(lambda g: g / denominator, grads)
     grad_norm = _norm(grads)
@@ -83,12 +91,17 @@ def make_step(
     metrics = {name: jnp.asarray(value, jnp.float32) for name, value in metrics.items()}
     return {**chosen, 'step': state['step'] + 1}, metrics
 
-  return jax.jit(
-      step,
-      in_shardings=(shardings, sharding.batch_rows(mesh)),
-      out_shardings=(shardings, sharding.replicated(mesh)),
-      donate_argnums=(0,),
+  places = (shardings, sharding.batch_rows(mesh))
+  if frozen is not None:
+    places += (jax.tree.map(lambda leaf: leaf.sharding, frozen),)
+  jitted = jax.jit(
+      step, in_shardings=places, out_shardings=(shardings, sharding.replicated(mesh)), donate_argnums=(0,)
   )
+  return jitted if frozen is None else functools.partial(_with_frozen, jitted, frozen)
+
+
+def _with_frozen(jitted, frozen, state, batch):
+  return jitted(state, batch, frozen)
 
 
 def _accumulate(loss_fn, params, batch, microbatches, mesh, shardings):

@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from spct_jax.models.config import BlockConfig, ModelConfig
-from spct_jax.models.rope import Llama3Scaling
+from spct_jax.models.rope import LinearScaling, Llama3Scaling, YarnScaling
 from spct_jax.models.transformer import Transformer
 
 CONFIG = ModelConfig(
@@ -23,6 +23,17 @@ def test_json_round_trip_and_hash():
   assert hash(Transformer(again)) == hash(Transformer(CONFIG))
   assert again.num_layers == 6 and again.padded_vocab == 24
   assert [block.window for block in again.layers] == [None, 3, None, 3, None, None]
+
+
+@pytest.mark.parametrize('scaling', [LinearScaling(2.0), YarnScaling(4.0, 32, mscale=0.7, truncate=False)])
+def test_every_scaling_survives_json(scaling):
+  config = dataclasses.replace(CONFIG, remainder=(BlockConfig(rope_scaling=scaling),), family='qwen3')
+  fields = json.loads(json.dumps(config.to_dict()))
+  again = ModelConfig.from_dict(fields)
+  assert again == config and again.family == 'qwen3'
+  fields['remainder'][0]['rope_scaling']['kind'] = 'dynamic'
+  with pytest.raises(ValueError, match="rope_scaling kind: got 'dynamic'; allowed are linear, llama3, yarn"):
+    ModelConfig.from_dict(fields)
 
 
 def test_from_dict_takes_no_defaults():
@@ -48,6 +59,10 @@ def test_from_dict_takes_no_defaults():
         ({'dtype': 'float8'}, 'allowed are float32'),
         ({'head_kind': 'class'}, 'allowed are lm, scalar'),
         ({'norm_eps': 0.0}, 'norm_eps'),
+        ({'activation': 'tanh'}, 'allowed are silu'),
+        ({'attn_softcap': 0.0}, 'attn_softcap: got 0.0'),
+        ({'logit_softcap': -1.0}, 'logit_softcap'),
+        ({'query_scalar': 0}, 'query_scalar'),
     ],
 )
 def test_impossible_models_are_refused(change, message):

@@ -78,12 +78,11 @@ def parameters(config):
   return jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(leaf.dtype), shapes)
 
 
-def test_layouts_and_vocabulary_padding_stay_out_of_the_file(tmp_path, monkeypatch):
+def test_layouts_and_vocabulary_padding_stay_out_of_the_file(tmp_path):
   """Head, two-block period, remainder and padded rows, over several files: the same function of tokens."""
   # Seen to fail: the layers of a two-block period numbered without the period's length.
-  monkeypatch.setattr(hf, 'SHARD_BYTES', 8000)
   params = parameters(CONFIG)
-  hf.save(tmp_path, Transformer(CONFIG), params)
+  hf.save(tmp_path, Transformer(CONFIG), params, shard_bytes=8000)
   assert len(list(tmp_path.glob('model-*-of-*.safetensors'))) > 2
   model, loaded = hf.load(tmp_path)
   assert model.config.layers == CONFIG.layers and model.config.num_periods > 1
@@ -148,7 +147,7 @@ def change_config(folder, **fields):
     [
         (dict(architectures=['GPT2LMHeadModel']), "unsupported architecture 'GPT2LMHeadModel'.*LlamaForCausalLM"),
         (dict(hidden_act='quick_gelu'), "hidden_act is 'quick_gelu'.*silu"),
-        (dict(attention_bias=True), 'missing .model.layers.0.self_attn.k_proj.bias'),
+        (dict(attention_bias=True), '16 missing: model.layers.0.self_attn.k_proj.bias, '),
         (dict(rope_scaling={'rope_type': 'dynamic', 'factor': 4.0}), "'dynamic' is not supported.*yarn"),
         (dict(rope_scaling={'rope_type': 'yarn', 'factor': -4.0}), 'config.json: rope_scaling: got .*factor'),
         (dict(rope_parameters={'full_attention': {'rope_type': 'default'}}), 'differ by layer type'),
@@ -158,9 +157,9 @@ def change_config(folder, **fields):
         (dict(rope_scaling={'rope_type': 'llama3', 'factor': 4.0}), 'lacks low_freq_factor'),
         (dict(layer_types=['full_attention']), '1 entries for 4 layers'),
         (dict(architectures=['Qwen3ForSequenceClassification'], id2label={'0': 'a', '1': 'b'}), 'num_labels is 2'),
-        (dict(num_hidden_layers=5, layer_types=None), r'11 missing \(model.layers.4.input_layernorm.weight'),
+        (dict(num_hidden_layers=5, layer_types=None), '11 missing: model.layers.4.input_layernorm.weight, '),
         (dict(num_hidden_layers=3, layer_types=None), '11 without a place'),
-        (dict(intermediate_size=25), 'has shape .*config.json asks for'),
+        (dict(intermediate_size=25), r'down_proj.weight \(\[16, 24\] in model.safetensors, by config.json \[16, 25\]\)'),
     ],
 )
 def test_what_does_not_fit_is_named(folder, fields, message):
@@ -211,6 +210,52 @@ def test_models_without_a_twin_are_not_written(tmp_path, change, message):
   with pytest.raises(ValueError, match=message):
     hf.save(tmp_path / 'out', Transformer(config), {})
   assert not (tmp_path / 'out').exists()
+
+
+@pytest.mark.parametrize(
+    'family, fields, want',
+    [
+        ('mistral', {}, [9, 9, 9, 9, 9]),
+        ('mistral', {'sliding_window': None}, [None] * 5),
+        ('llama', {}, [None] * 5),
+        ('qwen2', {}, [None] * 5),
+        ('qwen3', {'use_sliding_window': True, 'max_window_layers': 3}, [None, None, None, 9, 9]),
+        ('gemma2', {}, [9, None, 9, None, 9]),
+        ('gemma2', {'sliding_window_pattern': 3}, [9, None, 9, None, 9]),
+        ('gemma3_text', {}, [9, 9, 9, 9, 9]),
+        ('gemma3_text', {'sliding_window_pattern': 3}, [9, 9, None, 9, 9]),
+        ('gemma3_text', {'layer_types': ['full_attention'] * 5}, [None] * 5),
+    ],
+)
+def test_windows_of_files_without_layer_types(family, fields, want):
+  # Seen to fail: the pattern counted from 0.
+  fields = {**SIZES, 'num_hidden_layers': 5, 'model_type': family, 'sliding_window': 9, **fields}
+  config = hf_config.read('config.json', fields)
+  assert [block.window for block in config.layers] == want
+  again = hf_config.read('config.json', hf_config.write(config))
+  assert again == config and again.family == config.family == family
+
+
+def test_gemma_is_described_by_its_file():
+  """The published settings of 2B and 1B, without their weights."""
+  gemma2 = hf_config.read('config.json', dict(
+      model_type='gemma2', architectures=['Gemma2ForCausalLM'], vocab_size=256000, hidden_size=2304,
+      num_attention_heads=8, num_key_value_heads=4, head_dim=256, intermediate_size=9216, num_hidden_layers=26,
+      hidden_act='gelu_pytorch_tanh', hidden_activation='gelu_pytorch_tanh', query_pre_attn_scalar=256,
+      attn_logit_softcapping=50.0, final_logit_softcapping=30.0, sliding_window=4096, rope_theta=10000.0,
+  ))
+  assert gemma2.period == (BlockConfig(window=4096), BlockConfig()) and gemma2.num_periods == 13
+  assert gemma2.tied and gemma2.norm_plus_one and gemma2.post_norms and gemma2.embed_scaled and not gemma2.qk_norm
+  assert (gemma2.attn_softcap, gemma2.logit_softcap, gemma2.score_scale(gemma2.period[0])) == (50.0, 30.0, 1 / 16)
+  assert Transformer(gemma2).num_params == 2_614_341_888
+  gemma3 = hf_config.read('config.json', dict(
+      model_type='gemma3_text', vocab_size=262144, hidden_size=1152, num_attention_heads=4, num_key_value_heads=1,
+      head_dim=256, intermediate_size=6912, num_hidden_layers=26, sliding_window=512, sliding_window_pattern=6,
+      rope_theta=1000000, rope_local_base_freq=10000, query_pre_attn_scalar=256,
+  ))
+  assert [block.rope_theta for block in gemma3.layers[4:7]] == [10000, 1000000, 10000]
+  assert gemma3.qk_norm and gemma3.attn_softcap is gemma3.logit_softcap is None
+  assert Transformer(gemma3).num_params == 999_885_952
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from spct_jax import sharding
-from spct_jax.models import attention, blocks, reward_head
+from spct_jax.models import attention, primitives, reward_head
 from spct_jax.models.config import BlockConfig
 from spct_jax.train import optim, update
 
@@ -30,7 +30,7 @@ def test_scores_of_attention_are_float32():
 
 def test_positions_beyond_256_differ():
   x = jnp.ones((1, 2, 1, 8), jnp.bfloat16)
-  turned = blocks.rope(x, jnp.asarray([[256, 257]]), BlockConfig())
+  turned = primitives.rope(x, jnp.asarray([[256, 257]]), BlockConfig())
   assert not np.array_equal(np.asarray(turned[0, 0], np.float32), np.asarray(turned[0, 1], np.float32))
 
 

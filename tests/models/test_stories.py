@@ -1,12 +1,20 @@
-"""A real model end to end: stories260K tells the story its authors published, and its known loss."""
+"""A real model end to end: stories260K, taken through a Hugging Face folder, tells the story its authors published.
+
+And its loss is the known one.
+"""
+
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from spct_jax.models import hf
 from spct_jax.models.config import BlockConfig, ModelConfig
 from spct_jax.models.transformer import Transformer
+from spct_jax.sampling.engine import Engine
+from spct_jax.types import PromptBatch, Tasks
 
 REFERENCE_LOSS = 1.306  # nats per token over the five stories, from a float64 numpy forward pass
 
@@ -79,28 +87,35 @@ def decode(ids, pieces):
 
 
 @pytest.fixture(scope='module')
-def story(shared):
-  folder = shared / 'data' / 'weights'
+def story(shared, tmp_path_factory):
+  folder, converted = shared / 'data' / 'weights', tmp_path_factory.mktemp('stories') / 'stories260K'
   model, params = read_checkpoint(folder / 'stories260K' / 'stories260K.bin')
-  return model, params, read_vocabulary(folder / 'stories260K' / 'tok512.bin'), folder
+  hf.save(converted, model, params)
+  assert json.loads((converted / 'config.json').read_text())['architectures'] == ['LlamaForCausalLM']
+  again, imported = hf.load(converted)
+  assert again.config == model.config
+  jax.tree.map(np.testing.assert_array_equal, imported, params)
+  return again, imported, read_vocabulary(folder / 'stories260K' / 'tok512.bin'), folder
 
 
 def test_greedy_story_equals_the_published_one(story):
   model, params, pieces, folder = story
   assert model.num_params == 260_032
 
-  @jax.jit
-  def tell(params):
-    def step(carry, _):
-      token, cache = carry
-      logits, cache = model.apply({'params': params}, token[:, None], cache=cache)
-      token = logits[:, 0].argmax(-1).astype(jnp.int32)
-      return (token, cache), token
-
-    start = (jnp.ones((1,), jnp.int32), model.init_cache(1, 256))
-    return jax.lax.scan(step, start, length=256)[1][:, 0]
-
-  text = decode(np.asarray(tell(params)).tolist(), pieces).lstrip()
+  engine = Engine(
+      model=model, mesh=None, cache_rules=(), rows=2, max_new_tokens=256, eos_ids=(), seed=0, stage='sample'
+  )
+  prompts = PromptBatch(tokens=np.ones((1, 1), np.int32), length=np.ones(1, np.int32), row_mask=np.ones(1, bool))
+  two = lambda value, dtype: np.full(2, value, dtype)
+  tasks = Tasks(
+      prompt=two(0, np.int32), uid=np.zeros((2, 2), np.uint32), visit=two(0, np.int32), sample=np.arange(2, dtype=np.int32),
+      temperature=two(0, np.float32), top_p=two(1, np.float32), top_k=two(0, np.int32), min_p=two(0, np.float32),
+      row_mask=two(True, bool),
+  )  # fmt: skip
+  told = engine.generate(params, prompts, tasks)
+  assert told.token_mask.all()
+  np.testing.assert_array_equal(told.tokens[0], told.tokens[1])
+  text = decode(told.tokens[0].tolist(), pieces).lstrip()
   page = (folder / 'stories260K' / 'stories260K.md').read_text()
   published = page.split('-t 0.0\n')[1].split('\n```')[0]
   assert len(published) > 500

@@ -122,11 +122,12 @@ def test_packed_segments_equal_separate_rows(apply, params):
 
 def test_segments_with_their_own_positions(apply, params):
   """A constant added to all positions changes nothing: rotation and windows are relative."""
+  # Seen to fail: the given positions ignored.
   segments = np.array([[1, 1, 1, 2, 2, 2]], np.int32)
   positions = np.array([[0, 1, 2, 0, 1, 2]], np.int32)
   derived = np.asarray(apply({'params': params}, TOKENS[:1], segments=segments))
   given = np.asarray(apply({'params': params}, TOKENS[:1], segments=segments, positions=positions + 5))
-  np.testing.assert_allclose(given, derived, atol=2e-6)
+  np.testing.assert_allclose(given, derived, atol=1e-5)
   moved = np.asarray(apply({'params': params}, TOKENS[:1], segments=segments, positions=positions * 2))
   assert np.abs(moved - derived).max() > 1e-4
 

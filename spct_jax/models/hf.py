@@ -2,8 +2,7 @@
 
 Names and the values of tensors are in `hf_names`, the settings in `hf_config`.
 
-1. A sequence-classification model with one label is the scalar head. The file's head has no bias; ours is 0
-   there, and one that training moved is written as `score.bias`, which other software does not read.
+A sequence-classification model with one label is the scalar head.
 """
 
 import dataclasses
@@ -107,7 +106,7 @@ def check(weights: Weights, config: ModelConfig, abstract: Any) -> None:
     tensors[table] = tensors.pop(output)
     twice = False
   spare = {output} if twice else set()
-  missing = sorted(set(wanted) - set(tensors) - {hf_names.ENDS['reward/bias'][0]})
+  missing = sorted(set(wanted) - set(tensors))
   extra = sorted(name for name in set(tensors) - set(wanted) - spare if not name.endswith(_SPARE))
   there = [name for name in wanted if name in tensors]
   shapes = [name for name in there if tensors[name].shape != wanted[name]]
@@ -246,9 +245,6 @@ def _plan(config, params, dtype, shard_bytes) -> list[list[_Planned]]:
   shards, room = [[]], shard_bytes
   for path, leaf in sharding.leaf_paths(params):
     names, _ = hf_names.tensors_of(config, path)
-    # A head that was never given a bias has none in the file either.
-    if path == 'reward/bias' and not np.any(sharding.to_host(leaf)):
-      continue
     shape = tuple(hf_names.file_shape(config, path, leaf.shape[_depth(names) :]))
     stored = hf_experts.stored(config, path, dtype)
     size = int(np.prod(shape)) * stored.itemsize

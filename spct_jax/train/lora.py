@@ -11,8 +11,7 @@ State, gradients, optimizer and checkpoints are of this tree alone. `join` puts 
 pass, in which `models.dense` adds each pair as a path of its own; `merge` makes W + s A B, for the sampler, the
 next stage and the export.
 
-1. A scalar head learns whole: its kernel is in the adapters' tree, and starts as the base's. Its bias stays: it
-   moves all rewards alike, and PEFT has no place for it.
+1. A scalar head learns whole: its kernel is in the adapters' tree, and starts as the base's.
 2. Adapters have no dropout: it would make a step depend on more than its batch.
 3. Each expert of a mixture has a pair of its own, added to its kernel in the layer; a router is never adapted.
 4. A is uniform within 1 / sqrt(fan-in), as PEFT draws it; the paper has a Gaussian.

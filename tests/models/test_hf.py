@@ -102,12 +102,15 @@ def test_bfloat16_round_trip(tmp_path):
   assert hf.load(tmp_path)[1]['embed']['table'].dtype == np.float32
 
 
-def test_a_trained_reward_bias_survives(tmp_path):
+# Seen to fail: a bias in the scalar head, which `transformers` drops as an unexpected tensor.
+def test_a_scalar_head_has_the_tensors_that_others_read(tmp_path):
   config = dataclasses.replace(CONFIG, head_kind='scalar', vocab_multiple=1)
   params = parameters(config)
   hf.save(tmp_path, Transformer(config), params)
+  with hf.Weights(tmp_path) as weights:
+    assert [name for name in weights.tensors if not name.startswith('model.')] == ['score.weight']
   _, loaded = hf.load(tmp_path)
-  assert loaded['reward']['bias'] == params['reward']['bias'] != 0
+  np.testing.assert_array_equal(loaded['reward']['kernel'], params['reward']['kernel'])
 
 
 def test_load_onto_a_mesh(tmp_path):

@@ -43,8 +43,6 @@ def tok(config):
 def write(folder, decoder, seed, tokenizer=None):
   """A Hugging Face folder of random weights; returns what `load` gives."""
   params = jax.jit(decoder.init)(jax.random.key(seed))
-  if 'reward' in params:
-    params['reward']['bias'] = params['reward']['bias'] * 0
   hf.save(folder, decoder, params, tokenizer=tokenizer)
   return params
 

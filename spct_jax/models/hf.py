@@ -36,8 +36,8 @@ def read_config(folder: str | os.PathLike, dtype: str = 'float32') -> ModelConfi
   if not path.is_file():
     raise ValueError(f'{folder}: no config.json there; give a folder as save_pretrained writes it')
   try:
-    fields = json.loads(path.read_text())
-  except json.JSONDecodeError as error:
+    fields = json.loads(path.read_text(encoding='utf-8'))
+  except (ValueError, RecursionError) as error:
     raise ValueError(f'{path}: not JSON ({error})') from None
   return hf_config.read(str(path), fields, dtype=dtype)
 
@@ -48,10 +48,12 @@ def load(
     mesh: Any = None,
     rules: Any = None,
     vocab_multiple: int | None = None,
+    leave: tuple[str, ...] = (),
 ) -> tuple[Transformer, dict]:
   """`(model, params)` of a folder, computing and stored in `dtype`; with a mesh, placed by the sharding rules.
 
   The vocabulary is padded to a multiple of `vocab_multiple`, by default of the number of devices in the mesh.
+  Top-level parts of the parameters named in `leave` are not read: an output matrix whose place another head takes.
 
   Every process reads from the files only what its devices hold, straight into the memory of their dtype and layout:
   the host never holds more than that and one tensor of the file. ValueError, before the first tensor is read, for
@@ -75,6 +77,7 @@ def load(
     else:
       places = sharding.tree_shardings(abstract, rules, mesh)
     check(weights, settings, abstract)
+    abstract, places = ({k: v for k, v in tree.items() if k not in leave} for tree in (abstract, places))
 
     def fill(path, leaf, place):
       names, axes = hf_names.tensors_of(settings, path)

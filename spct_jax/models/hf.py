@@ -121,7 +121,8 @@ def check(weights: Weights, config: ModelConfig, abstract: Any) -> None:
       (f'{len(extra)} without a place', extra, lambda name: tensors[name].path.name),
       (
           f'{len(shapes)} of another shape', shapes,
-          lambda n: f'{_text(tensors[n].shape)} in {tensors[n].path.name}, by config.json {_text(wanted.get(n, wanted[table]))}',
+          lambda name: f'{_text(tensors[name].shape)} in {tensors[name].path.name}, by config.json '
+          f'{_text(wanted.get(name, wanted[table]))}',
       ),
       (
           f'{len(dtypes)} of a dtype that is not read ({", ".join(hf_files.DTYPES)} are)', dtypes,
@@ -151,10 +152,12 @@ def save(
 ) -> None:
   """Writes a folder that `load` and `transformers` read; it appears whole, or what was there stays (`hf_folder`).
 
-  tokenizer: our `text.tokenizer.Tokenizer`, or a fast one of `transformers`. dtype: of the tensors, by default that of the parameters.
-  shard_bytes: a file holds so much, or one tensor. source: the folder that the model was imported from; fields of its
-  `config.json` and `generation_config.json` that still hold are kept, and its tokenizer's files if no `tokenizer` is
-  given. card: how the model was made, for the README.
+  tokenizer: our `text.tokenizer.Tokenizer`, or a fast one of `transformers`.
+  dtype: of the tensors, by default that of the parameters.
+  shard_bytes: a file holds so much, or one tensor.
+  source: the folder that the model was imported from; fields of its `config.json` and `generation_config.json` that
+    still hold are kept, and its tokenizer's files if no `tokenizer` is given.
+  card: how the model was made, for the README.
 
   With several processes every one calls this, with a folder that the first one sees, and the first one writes. The
   host holds one tensor at a time. ValueError if the folder is there and is no model folder, or if no family of
@@ -219,7 +222,7 @@ def save(
 
 
 def _all_may_write(folder):
-  """Ends every process where the first one finds that the folder must not be replaced: the others would wait forever."""
+  """Ends every process if the first one must not replace the folder: the others would wait for it forever."""
   problem = None
   if jax.process_index() == 0:
     try:

@@ -297,7 +297,8 @@ def listing(names: Sequence[str], about: Any = None) -> str:
 
 def _entry(path, name, entry, start):
   where = f'{path}: damaged safetensors file: tensor {name}'
-  dtype, shape, offsets = (entry.get(key) if isinstance(entry, dict) else None for key in ('dtype', 'shape', 'data_offsets'))
+  entry = entry if isinstance(entry, dict) else {}
+  dtype, shape, offsets = (entry.get(key) for key in ('dtype', 'shape', 'data_offsets'))
   if not isinstance(dtype, str) or dtype not in _BITS:
     raise ValueError(f'{path}: tensor {name} has the dtype {dtype!r}, which the format does not have')
   if not _counts(shape) or not _counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:

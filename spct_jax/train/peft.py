@@ -188,8 +188,8 @@ def save(folder: str | os.PathLike, adapted: lora.Adapted, adapters: dict, base:
     if where.split('/')[-2] in ('gate', 'up', 'down') and any(layer.experts for layer in model.config.layers):
       # It takes every target that ends in gate_proj, up_proj or down_proj for the experts, which it holds fused.
       raise ValueError(
-          f'{lora.projection(where)!r} is adapted in a mixture of experts, where PEFT knows attention alone by modules; '
-          'export the merged model (models.hf.save), or leave gate, up and down out of lora.targets'
+          f'{lora.projection(where)!r} is adapted in a mixture of experts, where PEFT knows attention alone by '
+          'modules; export the merged model (models.hf.save), or leave gate, up and down out of lora.targets'
       )
     for leaf, name, i in _names(model, where):
       value = sharding.to_host(_at(adapters, where)[leaf])
@@ -234,7 +234,7 @@ def _head(model):
 
 
 def _modules(model, settings):
-  """Names of the adapted modules as short as they are their own: 'q_proj', or 'mlp.gate_proj' beside another gate_proj."""
+  """Names of the adapted modules, short where they are alone: 'q_proj'; 'mlp.gate_proj' beside another gate_proj."""
   def of(path):
     tensor, _ = hf_names.tensors_of(model.config, path)
     while not isinstance(tensor, str):
@@ -278,4 +278,5 @@ def _check(path, wanted, tensors, head, kernels, rank):
     inputs, outputs = (math.prod(axes) for axes in (kernels[kernel].inputs, kernels[kernel].outputs))
     allowed = (rank, inputs) if leaf == 'lora_a' else (outputs, rank)
     if tensors[name].shape != allowed:
-      raise ValueError(f'{path}: tensor {name} has shape {tensors[name].shape}; the model and r={rank} ask for {allowed}')
+      got = tensors[name].shape
+      raise ValueError(f'{path}: tensor {name} has shape {got}; the model and r={rank} ask for {allowed}')

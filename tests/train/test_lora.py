@@ -42,7 +42,8 @@ def test_forward_and_gradients_by_numpy(inputs, outputs, rslora, scale):
   a, b = rng.normal(size=(n_in, r)), rng.normal(size=(r, n_out))
   settings = lora.Settings(r, 6.0, ('q',), rslora)
   base = {'q': {'kernel': jnp.asarray(w.reshape(*inputs, *outputs), jnp.float32)}}
-  pair = {'lora_a': jnp.asarray(a.reshape(*inputs, r), jnp.float32), 'lora_b': jnp.asarray(b.reshape(r, *outputs), jnp.float32)}
+  pair = {'lora_a': a.reshape(*inputs, r), 'lora_b': b.reshape(r, *outputs)}
+  pair = {name: jnp.asarray(leaf, jnp.float32) for name, leaf in pair.items()}
   dense = Dense(inputs, outputs, 'float32', 'float32')
 
   def total(adapters):

@@ -147,11 +147,28 @@ FAMILIES = {
 # --- reading
 
 
-def read(where: str, fields: dict[str, Any], *, dtype: str = 'float32') -> ModelConfig:
+def read(where: str, fields: Any, *, dtype: str = 'float32') -> ModelConfig:
   """The decoder that a `config.json` describes; `where` names it in errors.
 
   What the file leaves out has the default that `transformers` gives it.
   """
+  if not isinstance(fields, dict):
+    raise ValueError(f'{where}: it holds {_short(fields)}; a model configuration is a table {{"field": value, ...}}')
+  try:
+    return _read(where, fields, dtype)
+  except ValueError as error:  # what the settings themselves refuse names no file
+    raise error if str(error).startswith(f'{where}: ') else ValueError(f'{where}: {error}') from None
+  except (AttributeError, KeyError, IndexError, TypeError, ArithmeticError) as error:
+    # Any field can be of any type, and each is used as what it should be.
+    raise ValueError(
+        f'{where}: a field is not of the type that `transformers` writes ({type(error).__name__}: {error})'
+    ) from error
+
+
+def _read(where, fields, dtype) -> ModelConfig:
+  for field, kind in _KINDS.items():
+    if not isinstance(fields.get(field), (kind, type(None))):
+      raise ValueError(f'{where}: {field} is {_short(fields[field])}; needs a {_WORDS[kind]}, or null')
   name, head_kind = _architecture(where, fields)
   family = FAMILIES[name]
   for field in ('vocab_size', 'hidden_size', 'num_attention_heads', 'intermediate_size', 'num_hidden_layers'):
@@ -166,36 +183,44 @@ def read(where: str, fields: dict[str, Any], *, dtype: str = 'float32') -> Model
   heads, width = fields['num_attention_heads'], fields['hidden_size']
   bias = family.attention_bias == 'qkv' or family.attention_bias == 'file' and _given(fields, 'attention_bias', False)
   head, period, num_periods, remainder = group(_blocks(where, name, fields))
-  try:
-    latent = hf_sparse.latent(where, name, fields)
-    if latent is not None:  # its own fields say how large a head is
-      fields = fields | {'num_key_value_heads': heads, 'head_dim': latent.nope + latent.rope}
-    return ModelConfig(
-        vocab_size=fields['vocab_size'],
-        width=width,
-        heads=heads,
-        kv_heads=_given(fields, 'num_key_value_heads', heads),
-        head_dim=_given(fields, 'head_dim', family.absent.get('head_dim', width // heads)),
-        ffn=fields['intermediate_size'],
-        head=head,
-        period=period,
-        num_periods=num_periods,
-        remainder=remainder,
-        tied=_given(fields, 'tie_word_embeddings', False),
-        norm_eps=_given(fields, 'rms_norm_eps', 1e-6),
-        qkv_bias=bias,
-        o_bias=bias and family.attention_bias == 'file',
-        activation=_activation(where, family, fields),
-        head_kind=head_kind,
-        dtype=dtype,
-        param_dtype=dtype,
-        family=name,
-        latent=latent,
-        **family.fixed,
-        **{ours: fields.get(field, default) for field, (ours, default) in family.fields.items()},
-    )
-  except (ValueError, TypeError) as error:
-    raise ValueError(f'{where}: {error}') from None
+  latent = hf_sparse.latent(where, name, fields)
+  if latent is not None:  # its own fields say how large a head is
+    fields = fields | {'num_key_value_heads': heads, 'head_dim': latent.nope + latent.rope}
+  return ModelConfig(
+      vocab_size=fields['vocab_size'],
+      width=width,
+      heads=heads,
+      kv_heads=_given(fields, 'num_key_value_heads', heads),
+      head_dim=_given(fields, 'head_dim', family.absent.get('head_dim', width // heads)),
+      ffn=fields['intermediate_size'],
+      head=head,
+      period=period,
+      num_periods=num_periods,
+      remainder=remainder,
+      tied=_given(fields, 'tie_word_embeddings', False),
+      norm_eps=_given(fields, 'rms_norm_eps', 1e-6),
+      qkv_bias=bias,
+      o_bias=bias and family.attention_bias == 'file',
+      activation=_activation(where, family, fields),
+      head_kind=head_kind,
+      dtype=dtype,
+      param_dtype=dtype,
+      family=name,
+      latent=latent,
+      **family.fixed,
+      **{ours: fields.get(field, default) for field, (ours, default) in family.fields.items()},
+  )
+
+
+_WORDS = {dict: 'table', list: 'list', str: 'name'}
+_KINDS = {
+    'architectures': list, 'model_type': str, 'rope_scaling': dict, 'rope_parameters': dict, 'layer_types': list,
+}  # fmt: skip
+
+
+def _short(value):
+  text = repr(value)
+  return text if len(text) <= 60 else f'{text[:60]}...'
 
 
 def group(blocks: tuple[BlockConfig, ...]):
@@ -233,6 +258,9 @@ def _architecture(where, fields):
 
 def _blocks(where, name, fields):
   windows = WINDOWS[FAMILIES[name].windows](where, fields)
+  wrong = [window for window in windows if window is not None and (type(window) is not int or window < 1)]
+  if wrong:
+    raise ValueError(f'{where}: sliding_window is {_short(wrong[0])}; needs a positive whole number, or null')
   ropes = ROPES[FAMILIES[name].rope](where, fields)
   experts = hf_sparse.experts(where, name, fields)
   return tuple(

@@ -46,7 +46,6 @@ ENDS = {
     'final_norm/scale': ('model.norm.weight', 0),
     'unembed/kernel': ('lm_head.weight', 1),
     'reward/kernel': ('score.weight', 1),
-    'reward/bias': ('score.bias', 0),
 }
 
 

@@ -219,7 +219,7 @@ def _given(config):
   else:
     trained = [link.config for link in links if link.kind == 'stage']
     padded = (trained[0] if trained else own).model.vocab_multiple
-    settings = hf.read_config(root.path, held)
+    settings = loading.with_routers(hf.read_config(root.path, held), root.path)
     decoder = Transformer(dataclasses.replace(settings, head_kind=head_kind, vocab_multiple=padded))
   return _Given(links, own, tok, decoder, dtype)
 
@@ -271,9 +271,10 @@ def card(name: str, links: tuple[named.Model, ...]) -> hf_folder.Card:
   """How the model was made, from the records of the workdir that trained it."""
   first, root = links[0], links[-1]
   base = root.path if root.kind == 'folder' else None
+  told = tuple(filter(None, map(named.stand_in, links, links[1:])))
   if first.kind != 'stage':
     notes = (f'converted from `{name}`',) if name else ('random weights: nothing was trained',)
-    return hf_folder.Card(base_model=base, commit=commit(), version=version(), notes=notes)
+    return hf_folder.Card(base_model=base, commit=commit(), version=version(), notes=notes + told)
   folder = pathlib.Path(first.path)
   done = hf_folder.read_json(folder / first.stage / 'DONE.json')
   prints = done['fingerprint'] or {'config': None, 'inputs': {}}
@@ -287,7 +288,7 @@ def card(name: str, links: tuple[named.Model, ...]) -> hf_folder.Card:
       version=done['version'],
       data=tuple(read for read in prints['inputs'] if not read.endswith(('DONE.json', 'config.json'))),
       metrics=_metrics(folder, first),
-      notes=notes,
+      notes=notes + told,
   )
 
 

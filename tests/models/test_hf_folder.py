@@ -187,6 +187,102 @@ def test_what_is_no_model_is_not_replaced(tmp_path, files, message):
     hf.save(tmp_path / 'file', Transformer(CONFIG), parameters(CONFIG))
 
 
+def write(target, tag='new'):
+  """A save that a test can stop in the middle: what comes after its `yield` is the end of the save."""
+  with hf_folder.replacing(target) as partial:
+    hf_folder.write_json(partial / 'config.json', {'model_type': tag})
+    yield partial
+
+
+# Mutations seen to fail: no second look at the place; the old folder removed without a look.
+def test_what_comes_into_the_place_meanwhile_stays(tmp_path, monkeypatch):
+  target = tmp_path / 'model'
+  for was in (None, 'old'):
+    if was:
+      (target / 'thesis.txt').unlink()
+      (target / 'config.json').write_text('{"model_type": "old"}')
+    writing = write(target)
+    next(writing)
+    target.mkdir(exist_ok=True)
+    (target / 'thesis.txt').write_text('precious')
+    with pytest.raises(ValueError, match='came there while the model was written, which is whole in ') as error:
+      next(writing)
+    assert (target / 'thesis.txt').read_text() == 'precious'
+    kept = pathlib.Path(str(error.value).rpartition(' in ')[2])
+    assert read(kept / 'config.json') == {'model_type': 'new'}
+  # In the last moment, after that look: the model is there, and the file in what was replaced.
+  (target / 'thesis.txt').unlink()
+  swap = hf_folder._swap
+  monkeypatch.setattr(hf_folder, '_swap', lambda *at: ((target / 'thesis.txt').write_text('precious'), swap(*at))[1])
+  [*write(target)]
+  assert read(target / 'config.json') == {'model_type': 'new'}
+  assert [path.read_text() for path in tmp_path.glob('.model.*/thesis.txt')] == ['precious']
+
+
+# Mutations seen to fail: a leftover that is gone already; a name that came or went between look and rename.
+def test_several_programs_may_write_to_one_place(tmp_path):
+  script = f'''
+import os, pathlib, sys
+sys.path.insert(0, {str(ROOT)!r})
+from spct_jax.models import hf_folder
+hf_folder._sync = lambda path: None
+target = pathlib.Path({str(tmp_path)!r}) / 'model'
+children = []
+for k in range(4):
+  child = os.fork()
+  if not child:
+    try:
+      for _ in range(60):
+        with hf_folder.replacing(target) as partial:
+          (partial / 'config.json').write_text('{{"model_type": "x"}}')
+          (partial / 'model.safetensors').write_text('x')
+    except BaseException as error:
+      print(type(error).__name__, error, flush=True)
+      os._exit(1)
+    os._exit(0)
+  children.append(child)
+sys.exit(sum(os.waitpid(child, 0)[1] for child in children) > 0)
+'''
+  done = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True, timeout=120)
+  assert done.returncode == 0, done.stdout + done.stderr
+  assert sorted(os.listdir(tmp_path / 'model')) == ['config.json', 'model.safetensors']
+  [*write(tmp_path / 'model')]
+  assert os.listdir(tmp_path) == ['model']
+
+
+# Mutations seen to fail: the old model not put back; the system's error as it is.
+def test_what_the_system_refuses_is_said_and_the_old_model_stays(tmp_path, monkeypatch):
+  target = tmp_path / 'model'
+  [*write(target, 'old')]
+  calls, rename = [], os.rename
+
+  def failing(*names):
+    calls.append(names)
+    if len(calls) == 2:
+      raise OSError(5, 'Input/output error')
+    rename(*names)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(hf_folder, '_exchange', lambda *names: False)
+    patch.setattr(os, 'rename', failing)
+    with pytest.raises(ValueError, match=r'model: could not be written \(.*Input/output error.* stayed as it was'):
+      [*write(target)]
+  assert read(target / 'config.json') == {'model_type': 'old'} and os.listdir(tmp_path) == ['model']
+  writing = write(target)
+  next(writing)
+  with pytest.raises(ValueError, match='could not be written .*No space left'):
+    writing.throw(OSError(28, 'No space left on device'))
+  assert read(target / 'config.json') == {'model_type': 'old'} and os.listdir(tmp_path) == ['model']
+  with pytest.raises(ValueError, match='config.json is a file'):
+    [*write(target / 'config.json' / 'x' / 'y')]
+  with monkeypatch.context() as patch:  # what cannot be removed is left to the next call
+    patch.setattr(os, 'unlink', lambda *_, **__: (_ for _ in ()).throw(OSError(1, 'Operation not permitted')))
+    [*write(target)]
+  assert read(target / 'config.json') == {'model_type': 'new'} and len(os.listdir(tmp_path)) == 2
+  [*write(target)]
+  assert os.listdir(tmp_path) == ['model']
+
+
 def test_a_link_keeps_leading_to_the_model(tmp_path):
   (tmp_path / 'real').mkdir()
   (tmp_path / 'link').symlink_to(tmp_path / 'real')

@@ -76,6 +76,7 @@ def load(
     else:
       places = sharding.tree_shardings(abstract, rules, mesh)
     check(weights, settings, abstract)
+    _check_tied(weights, settings, mesh)
 
     def fill(path, leaf, place):
       names, axes = hf_names.tensors_of(settings, path)
@@ -90,8 +91,8 @@ def load(
 def check(weights: Weights, config: ModelConfig, abstract: Any) -> None:
   """ValueError unless every parameter has its tensor and every tensor its place, of the shape of `config.json`.
 
-  All that is wrong is named at once. Where a tied model's file holds the output matrix too, as `transformers` does it
-  stands in for a missing table, and must equal one that is there.
+  Headers alone are read, and all that is wrong is named at once. Where a tied model's file holds the output matrix too,
+  it stands in for a missing table, as `transformers` does it.
   """
   tensors = weights.tensors
   hf_experts.unfuse(tensors, config)
@@ -129,9 +130,20 @@ def check(weights: Weights, config: ModelConfig, abstract: Any) -> None:
   problems = [f'{what}: {listing(names, about)}' for what, names, about in said if names]
   if problems:
     raise ValueError(f'{weights.folder}: the tensors do not belong to its config.json: ' + '; '.join(problems))
-  if twice and not weights.same(tensors[table], tensors[output]):
+
+
+def _check_tied(weights, config, mesh):
+  """ValueError where a tied model's file holds the table twice, and not the same; each process compares a part."""
+  table, output = (weights.tensors.get(hf_names.ENDS[path][0]) for path in ('embed/table', 'unembed/kernel'))
+  if not config.tied or output is None:
+    return
+  count = 1 if mesh is None else jax.process_count()
+  same = weights.same(table, output, jax.process_index() if count > 1 else 0, count)
+  if count > 1:
+    same = bool(np.all(multihost_utils.process_allgather(np.int32(same))))
+  if not same:
     raise ValueError(
-        f'{tensors[output].path}: {output} differs from {table}, but config.json ties them (tie_word_embeddings); set '
+        f'{output.path}: {output.name} differs from {table.name}, but config.json ties them (tie_word_embeddings); set '
         'tie_word_embeddings to false there, or remove the tensor'
     )
 
@@ -174,7 +186,7 @@ def save(
   source = None if source is None else pathlib.Path(source)
   fields = _config_json(dataclasses.replace(config, dtype=dtype.name, param_dtype=dtype.name), source)
   _all_may_write(folder)
-  shards = _plan(config, params, dtype, shard_bytes)
+  shards = _plan(config, params, dtype, shard_bytes, _table_names(config, source))
   values = lambda shard: (_value(config, params, tensor) for tensor in shard)
   if jax.process_index() > 0:
     for shard in shards:
@@ -241,18 +253,29 @@ class _Planned:
   dtype: np.dtype
 
 
-def _plan(config, params, dtype, shard_bytes) -> list[list[_Planned]]:
+def _table_names(config, source) -> list[str]:
+  """The tensors of the table: of a tied model the source may hold it under either name, or both."""
+  names = [hf_names.ENDS[path][0] for path in ('embed/table', 'unembed/kernel')]
+  if source is not None and config.tied and config.head_kind == 'lm' and hf_files.present(source):
+    with Weights(source) as weights:
+      return [name for name in names if name in weights.tensors] or names[:1]
+  return names[:1]
+
+
+def _plan(config, params, dtype, shard_bytes, table_names) -> list[list[_Planned]]:
   """Which tensors go into which file."""
   shards, room = [[]], shard_bytes
   for path, leaf in sharding.leaf_paths(params):
     names, _ = hf_names.tensors_of(config, path)
+    depth = _depth(names)
+    places = [((), name) for name in table_names] if path == 'embed/table' else _leads(names)
     # A head that was never given a bias has none in the file either.
     if path == 'reward/bias' and not np.any(sharding.to_host(leaf)):
       continue
-    shape = tuple(hf_names.file_shape(config, path, leaf.shape[_depth(names) :]))
+    shape = tuple(hf_names.file_shape(config, path, leaf.shape[depth:]))
     stored = hf_experts.stored(config, path, dtype)
     size = int(np.prod(shape)) * stored.itemsize
-    for lead, name in _leads(names):
+    for lead, name in places:
       if size > room and shards[-1]:
         shards, room = shards + [[]], shard_bytes
       shards[-1].append(_Planned(name, path, lead, shape, stored))
@@ -267,13 +290,10 @@ def _value(config, params, tensor) -> np.ndarray:
   for i in tensor.lead:
     leaf = leaf[i]
   value = hf_names.theirs(config, tensor.path, sharding.to_host(leaf))
-  if value.dtype == tensor.dtype:
-    return value
-  with np.errstate(over='ignore'):  # said below, with the tensor's name
-    rounded = value.astype(tensor.dtype)
-  if tensor.dtype.name == 'float16' and np.isinf(rounded).any() and not np.isinf(value).any():
-    raise ValueError(f'tensor {tensor.name} has values beyond float16 (65504); write bfloat16 or float32')
-  return rounded
+  try:
+    return hf_files.rounded(value, tensor.dtype)
+  except OverflowError as error:
+    raise ValueError(f'tensor {tensor.name} {error}') from None
 
 
 def _config_json(config: ModelConfig, source: pathlib.Path | None) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import pytest
 import safetensors
 import safetensors.numpy
 
-from spct_jax.models import hf, hf_folder
+from spct_jax.models import hf, hf_files, hf_folder
 from spct_jax.models.config import BlockConfig, ModelConfig
 from spct_jax.models.transformer import Transformer
 from spct_jax.text import tokenizer as tokenizers
@@ -327,6 +327,38 @@ def test_a_file_of_another_writer_comes_back(tmp_path):
   safetensors.numpy.save_file(made, tmp_path / 'a' / 'model.safetensors')
   hf.save(tmp_path / 'b', *hf.load(tmp_path / 'a', dtype='bfloat16'))
   equal(tensors(tmp_path / 'b'), made)
+
+
+# Mutation seen to fail: the values taken as numpy rounds them.
+@pytest.mark.parametrize('name', ['model.layers.1.mlp.up_proj.weight', 'model.norm.weight', 'model.embed_tokens.weight'])
+def test_a_value_beyond_float16_is_named_and_not_made_infinite(tmp_path, name):
+  config = dataclasses.replace(CONFIG, dtype='bfloat16', param_dtype='bfloat16')
+  hf.save(tmp_path, Transformer(config), parameters(config))
+  made = tensors(tmp_path)
+  made[name][..., 3] = np.inf  # is in the file, and stays
+  safetensors.numpy.save_file(made, tmp_path / 'model.safetensors')
+  hf.load(tmp_path, dtype='float16')
+  made[name][..., 2] = 1e6
+  safetensors.numpy.save_file(made, tmp_path / 'model.safetensors')
+  with pytest.raises(ValueError, match=rf'model.safetensors: tensor {name} has values beyond float16 \(65504\)'):
+    hf.load(tmp_path, dtype='float16')
+
+
+# Mutation seen to fail: the table under its one name.
+@pytest.mark.parametrize('names', [['lm_head.weight'], ['lm_head.weight', 'model.embed_tokens.weight']])
+def test_a_tied_table_has_the_names_of_the_source(tmp_path, names, monkeypatch):
+  config = dataclasses.replace(CONFIG, tied=True)
+  hf.save(tmp_path / 'a', Transformer(config), parameters(config))
+  made = tensors(tmp_path / 'a')
+  table = made.pop('model.embed_tokens.weight')
+  safetensors.numpy.save_file(made | dict.fromkeys(names, table), tmp_path / 'a' / 'model.safetensors')
+  model, params = hf.load(tmp_path / 'a')
+  hf.save(tmp_path / 'b', model, params, source=tmp_path / 'a')
+  equal(tensors(tmp_path / 'a'), tensors(tmp_path / 'b'))
+  # Headers say all but whether they are equal.
+  monkeypatch.setattr(hf_files.Weights, '_bytes', lambda *_: pytest.fail('a tensor was read'))
+  with hf_files.Weights(tmp_path / 'a') as weights:
+    hf.check(weights, model.config, model.abstract_params())
 
 
 def test_shards_hold_what_they_may_and_the_index_says_where(tmp_path):

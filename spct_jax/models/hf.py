@@ -10,6 +10,8 @@ import dataclasses
 import json
 import os
 import pathlib
+import shutil
+import tempfile
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,7 +21,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from spct_jax import sharding
-from spct_jax.models import hf_config, hf_experts, hf_files, hf_folder, hf_names, hf_slices
+from spct_jax.models import hf_config, hf_experts, hf_files, hf_folder, hf_names, hf_slices, hf_tokenizer
 from spct_jax.models.config import DTYPES, ModelConfig
 from spct_jax.models.hf_files import Weights, listing
 from spct_jax.models.transformer import Transformer
@@ -120,7 +122,8 @@ def check(weights: Weights, config: ModelConfig, abstract: Any) -> None:
       (f'{len(extra)} without a place', extra, lambda name: tensors[name].path.name),
       (
           f'{len(shapes)} of another shape', shapes,
-          lambda n: f'{_text(tensors[n].shape)} in {tensors[n].path.name}, by config.json {_text(wanted.get(n, wanted[table]))}',
+          lambda name: f'{_text(tensors[name].shape)} in {tensors[name].path.name}, by config.json '
+          f'{_text(wanted.get(name, wanted[table]))}',
       ),
       (
           f'{len(dtypes)} of a dtype that is not read ({", ".join(hf_files.DTYPES)} are)', dtypes,
@@ -158,17 +161,19 @@ def save(
     shard_bytes: int = SHARD_BYTES,
     source: str | os.PathLike | None = None,
     card: hf_folder.Card = hf_folder.Card(),
+    chat_template: str | None = None,
 ) -> None:
   """Writes a folder that `load` and `transformers` read; it appears whole, or what was there stays (`hf_folder`).
 
-  tokenizer: our `text.tokenizer.Tokenizer`, or a fast one of `transformers`. dtype: of the tensors, by default that of the parameters.
-  shard_bytes: a file holds so much, or one tensor. source: the folder that the model was imported from; fields of its
-  `config.json` and `generation_config.json` that still hold are kept, and its tokenizer's files if no `tokenizer` is
-  given. card: how the model was made, for the README.
+  tokenizer: our `text.tokenizer.Tokenizer`, or a fast one of `transformers`. dtype: of the tensors, by default that of
+  the parameters. shard_bytes: a file holds so much, or one tensor. source: the folder that the model was imported from;
+  fields of its `config.json` and `generation_config.json` that still hold are kept, as are the names that it has a tied
+  table under, and its tokenizer's files if no `tokenizer` is given. chat_template: written beside these files, for a
+  source without one. card: how the model was made, for the README.
 
   With several processes every one calls this, with a folder that the first one sees, and the first one writes. The
-  host holds one tensor at a time. ValueError if the folder is there and is no model folder, or if no family of
-  `transformers` computes this decoder.
+  host holds one tensor at a time. ValueError if the folder is there and is no model folder, if no family of
+  `transformers` computes this decoder, or if `transformers` would read the tokenizer otherwise beside this family.
   """
   config = model.config
   dtype = jnp.dtype(config.param_dtype if dtype is None else dtype)
@@ -185,42 +190,28 @@ def save(
     )
   source = None if source is None else pathlib.Path(source)
   fields = _config_json(dataclasses.replace(config, dtype=dtype.name, param_dtype=dtype.name), source)
-  _all_may_write(folder)
-  shards = _plan(config, params, dtype, shard_bytes, _table_names(config, source))
-  values = lambda shard: (_value(config, params, tensor) for tensor in shard)
-  if jax.process_index() > 0:
-    for shard in shards:
-      for value in values(shard):
-        del value  # every process takes part in gathering it
-    multihost_utils.sync_global_devices('hf.save')
-    return
-  with hf_folder.replacing(folder) as partial:
-    where, total = {}, 0
-    for number, shard in enumerate(shards, 1):
-      count = '' if len(shards) == 1 else f'-{number:05d}-of-{len(shards):05d}'
-      file = f'model{count}.safetensors'
-      entries = [(tensor.name, tensor.dtype.name, tensor.shape) for tensor in shard]
-      total += hf_folder.write_tensors(partial / file, entries, values(shard))
-      where |= {tensor.name: file for tensor in shard}
-    if len(shards) > 1:
-      hf_folder.write_index(partial, where, total)
-    generation = hf_folder.read_json(source / 'generation_config.json') if source else {}
-    if tokenizer is not None:
-      tokenizer.save(partial)
-      special = {'eos_token_id': list(tokenizer.eos_ids), 'pad_token_id': tokenizer.pad_id}
-      if tokenizer.bos_id is not None:
-        special['bos_token_id'] = tokenizer.bos_id
-      fields, generation = fields | special, generation | special
-    elif source:
-      hf_folder.copy_tokenizer(source, partial)
-    if generation and config.head_kind == 'lm':
-      hf_folder.write_json(partial / 'generation_config.json', generation)
-    hf_folder.write_json(partial / 'config.json', fields)
-    text = hf_folder.readme(
-        pathlib.Path(folder).resolve().name, card, head_kind=config.head_kind, dtype=dtype.name,
-        parameters=sum(int(np.prod(tensor.shape)) for shard in shards for tensor in shard),
-    )
-    (partial / 'README.md').write_text(text, encoding='utf-8')
+  with tempfile.TemporaryDirectory() as small:
+
+    def prepare():
+      hf_folder.check_target(folder)
+      hf_tokenizer.write(pathlib.Path(small), config, fields, tokenizer, source, chat_template)
+
+    _first_must(prepare)
+    shards = _plan(config, params, dtype, shard_bytes, _table_names(config, source))
+    values = lambda shard: (_value(config, params, tensor) for tensor in shard)
+    if jax.process_index() > 0:
+      for shard in shards:
+        for value in values(shard):
+          del value  # every process takes part in gathering it
+    else:
+      with hf_folder.replacing(folder) as partial:
+        _write_tensors(partial, shards, values)
+        shutil.copytree(small, partial, dirs_exist_ok=True)
+        text = hf_folder.readme(
+            pathlib.Path(folder).resolve().name, card, head_kind=config.head_kind, dtype=dtype.name,
+            parameters=sum(int(np.prod(tensor.shape)) for shard in shards for tensor in shard),
+        )
+        (partial / 'README.md').write_text(text, encoding='utf-8')
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices('hf.save')  # nobody reads the folder before it is there
 
@@ -228,18 +219,30 @@ def save(
 # --- what is written
 
 
-def _all_may_write(folder):
-  """Ends every process where the first one finds that the folder must not be replaced: the others would wait forever."""
+def _first_must(prepare):
+  """Runs `prepare` in the first process, and ends every process where it cannot: the others would wait forever."""
   problem = None
   if jax.process_index() == 0:
     try:
-      hf_folder.check_target(folder)
-    except ValueError as error:
+      prepare()
+    except (ValueError, OSError) as error:
       problem = error
   if jax.process_count() > 1 and int(multihost_utils.broadcast_one_to_all(np.int32(problem is not None))):
-    problem = problem or ValueError(f'{folder}: process 0 may not write there; its message says why')
+    problem = problem or ValueError('save: process 0 could not write the model; its message says why')
   if problem is not None:
     raise problem
+
+
+def _write_tensors(folder, shards, values):
+  where, total = {}, 0
+  for number, shard in enumerate(shards, 1):
+    count = '' if len(shards) == 1 else f'-{number:05d}-of-{len(shards):05d}'
+    file = f'model{count}.safetensors'
+    entries = [(tensor.name, tensor.dtype.name, tensor.shape) for tensor in shard]
+    total += hf_folder.write_tensors(folder / file, entries, values(shard))
+    where |= {tensor.name: file for tensor in shard}
+  if len(shards) > 1:
+    hf_folder.write_index(folder, where, total)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -304,6 +307,7 @@ def _config_json(config: ModelConfig, source: pathlib.Path | None) -> dict[str, 
   kept = hf_folder.read_json(source / 'config.json')
   if not kept:
     raise ValueError(f'{source}: no config.json there; give the folder that the model was imported from')
+  kept.pop('auto_map', None)  # names program files, which stay behind; and transformers has the family itself
   before = read_config(source, config.dtype)
   same = dict(vocab_multiple=config.vocab_multiple, remat=config.remat)
   written = hf_config.write(before)

@@ -293,13 +293,16 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
 
 
 def copy_tokenizer(source: pathlib.Path, folder: pathlib.Path) -> None:
-  """The tokenizer's files as they are."""
+  """The tokenizer's files as they are, but for program files that its config names: these stay behind."""
   for path in sorted(source.iterdir()):
     if any(fnmatch.fnmatch(path.name, part) for part in TOKENIZER):
       if path.is_dir():
         shutil.copytree(path, folder / path.name)
       else:
         shutil.copyfile(path, folder / path.name)
+  fields = read_json(folder / 'tokenizer_config.json')
+  if fields.pop('auto_map', None):
+    write_json(folder / 'tokenizer_config.json', fields)
 
 
 def readme(name: str, card: Card, *, head_kind: str, parameters: int, dtype: str) -> str:

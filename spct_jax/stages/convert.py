@@ -71,7 +71,7 @@ def run(config: Any, workdir: Workdir | None, mesh: Any, generate: Any = None) -
   if fields.do not in ways:
     raise ValueError(f'convert.do: got {fields.do!r}; allowed: {", ".join(ways)}')
   if fields.dtype not in ('', *DTYPES):
-    raise ValueError(f'convert.dtype: got {fields.dtype!r}; allowed: {", ".join(DTYPES)}, or empty for the model\'s own')
+    raise ValueError(f'convert.dtype: got {fields.dtype!r}; allowed: {", ".join(DTYPES)}, or empty (the model\'s own)')
   if fields.adapters not in ('merge', 'peft'):
     raise ValueError(f'convert.adapters: got {fields.adapters!r}; allowed: merge, peft')
   if not isinstance(fields.shard_bytes, int) or fields.shard_bytes < 1:
@@ -89,7 +89,8 @@ def _inspect(config, given, workdir, mesh):
   planned = _mesh(config, mesh)
   table = inspect(given.decoder, loading.rules(config.sharding.rules), planned)
   first = given.links[0]
-  told = {'model': config.model.path or 'random weights', 'kind': first.kind, 'head': given.decoder.config.head_kind, **table}
+  name = config.model.path or 'random weights'
+  told = {'model': name, 'kind': first.kind, 'head': given.decoder.config.head_kind, **table}
   if given.tokenizer is not None:
     told['tokens'] = given.tokenizer.vocab_size
   processes.say(*_lines(told))
@@ -101,26 +102,31 @@ def _inspect(config, given, workdir, mesh):
 def inspect(decoder: Transformer, rules: sharding.Rules, mesh: Any) -> dict[str, Any]:
   """Parameters, their bytes, and bytes on one device of `mesh` (a `Mesh` or an `AbstractMesh`), by group and in all.
 
-  Nothing is made: shapes and shardings say it all.
+  Nothing is made: shapes and shardings say it all. Rows that pad the vocabulary are in the bytes per device, not among
+  the parameters; 'padding' counts their numbers.
   """
   abstract = decoder.abstract_params()
   layout = dict(sharding.leaf_paths(sharding.tree_shardings(abstract, rules, mesh)))
   groups: dict[str, dict[str, Any]] = {}
+  padding, c = 0, decoder.config
   for path, leaf in sharding.leaf_paths(abstract):
     name = next((name for name, pattern in _GROUPS if re.search(pattern, path)), path)
     row = groups.setdefault(name, {'name': name, 'parameters': 0, 'bytes': 0, 'bytes_per_device': 0})
     count = math.prod(leaf.shape)
+    if path in ('embed/table', 'unembed/kernel'):
+      padding += count - c.vocab_size * c.width
+      count = c.vocab_size * c.width
     row['parameters'] += count
     row['bytes'] += count * leaf.dtype.itemsize
     row['bytes_per_device'] += sharding.bytes_per_device(leaf, layout[path])
   rows = list(groups.values())
-  c = decoder.config
   return {
       'layers': c.num_layers,
       'vocabulary': c.vocab_size,
       'dtype': c.param_dtype,
       'mesh': dict(mesh.shape),
       **{key: sum(row[key] for row in rows) for key in ('parameters', 'bytes', 'bytes_per_device')},
+      'padding': padding,
       'groups': rows,
   }
 
@@ -131,18 +137,21 @@ def _export(config, given, workdir, mesh):
     raise ValueError('convert.to is empty; give the folder to write: --config.convert.to=FOLDER')
   to = pathlib.Path(fields.to).expanduser() if fields.to else workdir.path / 'export'
   first = given.links[0]
-  if given.source and os.path.realpath(to) == os.path.realpath(given.source):
-    raise ValueError(f'convert.to: {to} is the model itself; give another folder')
+  if os.path.realpath(to) in [os.path.realpath(link.path) for link in given.links if link.path]:
+    raise ValueError(f'convert.to: {to} is the model itself, or what it was made from; give another folder')
   if fields.adapters == 'peft':
     return _export_adapters(given, to, mesh)
-  processes.as_writer_says(lambda: hf_folder.check_target(to) is None, what=f'looking at {to}')  # before hours of reading
+  # Before hours of reading.
+  processes.as_writer_says(lambda: hf_folder.check_target(to) is None, what=f'looking at {to}')
   params = loading.params(given.config, 'base', given.decoder, None, mesh)
-  copied = first.kind == 'folder'  # then the files are copied as they are
-  if given.tokenizer is not None:
-    given.tokenizer.hf.chat_template = given.tokenizer.hf.chat_template or given.tokenizer.template
+  tok = given.tokenizer
+  copied = first.kind == 'folder' and given.config.tokenizer.path in ('', first.path)  # the files as they are
+  template = None  # the fallback, recorded for a tokenizer that has none
+  if tok is not None and not tok.hf.chat_template:
+    template = tok.hf.chat_template = tok.template
   hf.save(
-      to, given.decoder, params, None if copied else given.tokenizer, dtype=given.dtype, shard_bytes=fields.shard_bytes,
-      source=given.source, card=card(config.model.path, given.links),
+      to, given.decoder, params, None if copied else tok, dtype=given.dtype, shard_bytes=fields.shard_bytes,
+      source=given.source, card=card(config.model.path, given.links), chat_template=template,
   )  # fmt: skip
   if processes.is_writer():
     files = sorted(path.name for path in to.iterdir())
@@ -178,7 +187,9 @@ def _import(config, given, workdir, mesh):
   params = loading.params(given.config, 'base', given.decoder, None, mesh)
   bad = [path for path, leaf in sharding.leaf_paths(params) if not bool(_finite(leaf))]
   if bad:
-    raise ValueError(f'{config.model.path}: values that are not finite in {hf_files.listing(bad)}; the model is damaged')
+    raise ValueError(
+        f'{config.model.path}: values that are not finite in {hf_files.listing(bad)}; the model is damaged'
+    )
   with checkpoint.Checkpoints(folder / 'checkpoint', keep=1) as checkpoints:
     checkpoints.save(0, {'params': params, 'step': jnp.zeros((), jnp.int32)}, {'model': str(config.model.path)})
   workdir.mark_done('convert', config, reads, ('convert/checkpoint',))
@@ -208,12 +219,13 @@ def _given(config):
   if root.kind == 'random' and root.config is config:
     links = tuple(dataclasses.replace(link, config=own) if link.config is config else link for link in links)
     if tok is None:
-      raise ValueError('random weights need a tokenizer for the size of their vocabulary; give --config.tokenizer=FOLDER')
+      raise ValueError('random weights need a tokenizer, for the size of their vocabulary: --config.tokenizer=FOLDER')
   head_kind = named.head_kind(own, 'base', 'model.path')
   if tok is not None:
     decoder = loading.model(own, tok, head_kind=head_kind)
   else:
-    padded = next((link.config.model.vocab_multiple for link in links if link.kind == 'stage'), own.model.vocab_multiple)
+    pages = [link.config for link in links if link.kind == 'stage']
+    padded = (pages or [own])[0].model.vocab_multiple
     settings = hf.read_config(root.path, held)
     decoder = Transformer(dataclasses.replace(settings, head_kind=head_kind, vocab_multiple=padded))
   return _Given(links, own, tok, decoder, dtype)
@@ -224,7 +236,8 @@ def _own_tokenizer(links):
   for link in links:
     if link.kind == 'stage' and link.config.tokenizer.path:
       return link.config.tokenizer.path
-    if link.kind != 'stage' and link.path and any((pathlib.Path(link.path) / name).is_file() for name in tokenizers.FILES):
+    folder = pathlib.Path(link.path)
+    if link.kind != 'stage' and link.path and any((folder / name).is_file() for name in tokenizers.FILES):
       return link.path
   return ''
 
@@ -308,6 +321,7 @@ def _lines(told):
       f'layers: {told["layers"]}; vocabulary: {told["vocabulary"]}'
       + (f', of which the tokenizer has {told["tokens"]}' if 'tokens' in told else ''),
       f'mesh: {mesh}',
+      *([f'padding of the vocabulary, in memory only: {told["padding"]:,} numbers'] if told['padding'] else ()),
       '',
       f'{"":<16}{"parameters":>18}{told["dtype"]:>14}{"per device":>14}',
   ]

@@ -1,8 +1,8 @@
-"""A model from one form into another: Hugging Face folders in and out, and a look at what one needs. Seconds to minutes.
+"""A model from one form into another: Hugging Face folders in and out, and what a model needs. Seconds to minutes.
 
     python -m spct_jax.main --config=configs/convert.py:do=inspect --config.model=FOLDER
     python -m spct_jax.main --config=configs/convert.py:do=inspect --config.model=FOLDER --config.convert.mesh.fsdp=64
-    python -m spct_jax.main --config=configs/convert.py:do=export --config.model=WORKDIR:grpo --config.convert.to=my_judge
+    python -m spct_jax.main --config=configs/convert.py:do=export --config.model=WORKDIR:grpo --config.convert.to=judge
     python -m spct_jax.main --config=configs/convert.py:do=import --config.model=FOLDER --workdir=/tmp/imported
     python -m spct_jax.main --config=configs/convert.py:smoke --workdir=/tmp/smoke    # exports random weights
 

@@ -65,7 +65,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.data.instructions = f'{_WORLD}general?split=train&rows={general}&seed={seed}'  # RFT's mix
 
   config.model = ConfigDict()
-  config.model.path = ''  # a Hugging Face folder; empty: random weights of the shape below
+  config.model.path = ''  # a Hugging Face or PEFT folder, or WORKDIR:STAGE; empty: random weights of the shape below
   config.model.width = width  # D
   config.model.heads = heads  # H, query heads
   config.model.kv_heads = kv_heads  # M, key/value heads
@@ -107,7 +107,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.sft.warmup_steps = 3 if smoke else 50
   config.sft.final_lr = 1e-3
   config.sft.b2 = 0.98
-  config.sft.init = 'base'  # base: config.model; or the name of a stage that wrote a checkpoint
+  config.sft.init = 'base'  # base: config.model; a stage that wrote a checkpoint; a folder; or WORKDIR:STAGE, as wherever a model is named
   config.sft.data = f'{_WORLD}demonstrations?seed={seed}&{phases}'
   config.sft.order = 'given'  # a curriculum: first the language, then judging
   config.sft.buckets = (128,) if smoke else (78, 94, 128)  # row lengths in tokens, prompt and answer
@@ -162,7 +162,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.meta_rm.schedule = 'cosine'
   config.meta_rm.warmup_steps = 2 if smoke else 20
   config.meta_rm.b2 = 0.98
-  config.meta_rm.init = 'grpo'  # the backbone; the scalar head is new
+  config.meta_rm.init = 'grpo'  # the backbone; the scalar head is new, unless this is a reward model
   config.meta_rm.buckets = rows
   config.meta_rm.group_by_length = True  # a step's trajectories are of one bucket, so that less is padding
   config.meta_rm.policy = 'grpo'  # whose trajectories are added to those of the sample stage
@@ -196,7 +196,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.evaluate.top_k = 0
   config.evaluate.min_p = 0.0
   config.evaluate.single = 'binary'  # one response: 0 or 1 as in training, or the 1..10 'scale' (paper 4.2)
-  config.evaluate.meta = 'meta_rm'  # the stage whose meta-RM guides votes; empty: plain votes only
+  config.evaluate.meta = 'meta_rm'  # meta_rm, a folder or WORKDIR:meta_rm, which guides votes; empty: plain votes only
   config.evaluate.meta_batch = 8 if smoke else 32  # trajectories per call of the meta-RM, and rows of instructions; small for the cache
   config.evaluate.instructions = f'{_WORLD}general?split=heldout&rows={16 if smoke else 400}'
   config.evaluate.show = 1  # items to print with each stage's judgement, beginning with what training changed

@@ -62,7 +62,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.data.instructions = 'builtin:instructions'  # general instruction data, for sft and for RFT's mix
 
   config.model = ConfigDict()
-  config.model.path = ''  # a Hugging Face folder; empty: random weights of the shape below
+  config.model.path = ''  # a Hugging Face or PEFT folder, or WORKDIR:STAGE; empty: random weights of the shape below
   config.model.width = 32 if smoke else 128  # D
   config.model.heads = 4  # H, query heads
   config.model.kv_heads = 2  # M, key/value heads
@@ -95,7 +95,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.judge.rows = 8 if smoke else 32  # rows (R) that decode together; finished rows are refilled
 
   config.sft = pages.training(steps=4 if smoke else 100, batch=8, parts=1, lr=1e-3, every=2 if smoke else 25)
-  config.sft.init = 'base'  # base: config.model; or the name of a stage that wrote a checkpoint
+  config.sft.init = 'base'  # base: config.model; a stage that wrote a checkpoint; a folder; or WORKDIR:STAGE, as wherever a model is named
   config.sft.data = ''  # rows to learn from, as data.instructions; empty: those
   config.sft.order = 'shuffle'  # shuffle: each epoch in an order of its own; given: as the source has them (a curriculum)
   config.sft.buckets = (256, 512)  # row lengths in tokens, prompt and answer
@@ -141,7 +141,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.grpo.min_p = 0.0
 
   config.meta_rm = pages.training(steps=(2 if long else 4) if smoke else 60, batch=8, parts=1, lr=5e-4, every=2 if smoke else 20)
-  config.meta_rm.init = 'base'  # the backbone; the scalar head is new
+  config.meta_rm.init = 'base'  # the backbone; the scalar head is new, unless this is a reward model
   config.meta_rm.buckets = rows
   config.meta_rm.group_by_length = False  # a step's trajectories are of one bucket, so that less is padding
   config.meta_rm.policy = 'grpo'  # whose trajectories are added to those of the sample stage
@@ -177,7 +177,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.evaluate.top_k = 0
   config.evaluate.min_p = 0.0
   config.evaluate.single = 'scale'  # one response: the 1..10 scale at test time, or 'binary' as in training (paper 4.2)
-  config.evaluate.meta = 'meta_rm'  # the stage whose meta-RM guides votes; empty: plain votes only
+  config.evaluate.meta = 'meta_rm'  # meta_rm, a folder or WORKDIR:meta_rm, which guides votes; empty: plain votes only
   config.evaluate.meta_batch = 16  # trajectories per call of the meta-RM, and rows of instructions per call
   config.evaluate.instructions = ''  # held-out general instruction data: what training costs elsewhere; '' = off
   config.evaluate.show = 1  # items to print with each stage's judgement, beginning with what training changed

@@ -9,9 +9,10 @@ with `AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)`. The c
 until every byte of every parameter has been read by the same numpy reduction. `transformers` maps the file and copies
 nothing, so its figure stands twice: with its mapped parameters read so (in a warm page cache that is little more than
 a walk over memory), and with parameters of its own, cloned and read, which is what ours are and what training,
-another layout or an evicted page cache needs. Before it, each process touches and frees as much memory as the model has: a virtual machine gets pages
-that it never used from its host, a hundred times slower, and that is no loader's time. Both see the same cores and decide themselves how many threads they take. A value is the median over the
-rounds of our seconds over theirs; goal and floor 1. Needs torch.
+another layout or an evicted page cache needs. Before it, each process touches and frees as much memory as the model
+has: a virtual machine gets pages that it never used from its host, a hundred times slower, and that is no loader's
+time. Both see the same cores and decide themselves how many threads they take. A value is the median over the rounds
+of our seconds over theirs; goal and floor 1. Needs torch.
 """
 
 import argparse
@@ -54,7 +55,8 @@ def main() -> int:
     for round_ in range(args.rounds):
       for who in WAYS if round_ % 2 == 0 else reversed(WAYS):
         seconds[who].append(_measure(who, folder))
-      print(f'round {round_ + 1}: ' + ', '.join(f'{who} {found[-1]:.2f} s' for who, found in seconds.items()), flush=True)
+      times = ', '.join(f'{who} {found[-1]:.2f} s' for who, found in seconds.items())
+      print(f'round {round_ + 1}: {times}', flush=True)
   finally:
     shutil.rmtree(own)
   rows = []

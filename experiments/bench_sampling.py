@@ -12,7 +12,6 @@ that transformers reads), float32, caches on:
                   jitted program, but a cache of prompt and answer for every sample; each sample's prompt is
                   prefilled ('each'), or every prompt once and its cache copied ('copied')
     hf            transformers.generate, num_return_sequences = k, sdpa; where torch and transformers are there
-    tunix         its sampler on every sample's prompt; where it is installed
 
 Times are medians over the repeats, after compilation, in CPU seconds of the process: with one pinned thread
 that is the wall time on a free core, whoever else is on it. The wall time stands beside it, and the two
@@ -107,10 +106,10 @@ class Bench:
     self.shapes = dict.fromkeys(('mid', 'tiny'), SMOKE) if args.tiny else {'mid': MID, 'tiny': TINY}
 
   def long(self):
-    return self._against('hf', LONG[32], 10, 6) + self._against('tunix', LONG[32])
+    return self._against('hf', LONG[32], 10, 6)
 
   def mid(self):
-    return self._against('hf', SHORT, 2.5, 2) + self._against('each', SHORT) + self._against('tunix', SHORT)
+    return self._against('hf', SHORT, 2.5, 2) + self._against('each', SHORT)
 
   def tiny(self):
     work = dataclasses.replace(SHORT, model='tiny')
@@ -150,10 +149,9 @@ class Bench:
   def memory(self):
     work = self._sized(LONG[16])
     ours, each = self._run('ours', work), self._run('each', work)
-    rows = [_row(f'memory: temp of each vote prefilled over ours, {_said(work)}', each['temp'] / ours['temp'], 'x',
-                 True, 15, 8)]
     whole = lambda side: side['temp'] + side['caches']
-    rows += [_row('memory: the same with the caches', whole(each) / whole(ours), 'x', True)]
+    name = f'memory: temp and caches of each vote prefilled over ours, {_said(work)}'
+    rows = [_row(name, whole(each) / whole(ours), 'x', True, 15, 8)]
     for name, side in (('ours', ours), ('each', each)):
       for part in ('temp', 'caches'):
         rows.append(_row(f'memory: {part} of {name}', side[part] / 2**20, 'MiB', False))
@@ -163,7 +161,7 @@ class Bench:
     got = self._run('share', self._sized(Work('tiny', 256, 1024, 32, 1500)))
     what = f'{got["rows"]} rows, {got["slots"]} slots of {got["width"]} seats'
     return [
-        _row(f'share: useful of the paid rows, prefilled tokens paid as rows, {what}', got['share'], '', True, .85, .75),
+        _row(f'share: useful of the rows paid, prefilled tokens as rows, {what}', got['share'], '', True, 0.85, 0.75),
         _row('share: useful of the decoded rows', got['decoded'], '', True),
         _row('share: seats a row', got['slots'] * got['width'] / got['rows'], '', False),
     ]
@@ -200,7 +198,7 @@ class Bench:
 
   def _run(self, side, work):
     """What a process of its own says; None where its library is not installed."""
-    needs = {'hf': ('torch', 'transformers'), 'tunix': ('tunix',)}.get(side, ())
+    needs = ('torch', 'transformers') if side == 'hf' else ()
     missing = [name for name in needs if importlib.util.find_spec(name) is None]
     if missing:
       print(f'{side}: left out, {", ".join(missing)} not installed', flush=True)
@@ -254,10 +252,9 @@ def _child(args) -> int:
   if args.side == 'hf':
     result = _hf(work, args.folder, args.repeats)
   else:
-    side = {'make': _make, 'ours': _ours, 'each': _each, 'copied': _copied, 'tunix': _tunix, 'share': _share,
-            'programs': _programs}[args.side]
+    sides = {'make': _make, 'ours': _ours, 'each': _each, 'copied': _copied, 'share': _share, 'programs': _programs}
     shape = SMOKE if args.tiny else {'mid': MID, 'tiny': TINY}[work.model]
-    result = side(work, args.folder, args.repeats, shape)
+    result = sides[args.side](work, args.folder, args.repeats, shape)
   print(json.dumps(result))
   return 0
 
@@ -304,7 +301,8 @@ def _counted():
 
   seen = []
   event = '/jax/core/compile/backend_compile_duration'
-  jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **__: seen.append(name) if name == event else None)
+  listen = lambda name, *_, **__: seen.append(name) if name == event else None
+  jax.monitoring.register_event_duration_secs_listener(listen)
   return seen
 
 
@@ -504,10 +502,6 @@ def _programs(work, folder, repeats, shape):
       engine.generate(params, prompts, dataclasses.replace(tasks, visit=np.full(len(tasks.prompt), visit, np.int32)))
     passes.append(len(compiled))
   return {'first': passes[0], 'second': passes[1] - passes[0]}
-
-
-def _tunix(work, folder, repeats, shape):
-  raise NotImplementedError
 
 
 if __name__ == '__main__':

@@ -88,7 +88,7 @@ def _rules() -> tuple:
       (r'/(o|down)/lora_b$', (None, 'fsdp')),  # [r, D]
       (r'reward/kernel$', ('fsdp', None)),  # [D, 1]
       (r'/(o|down)/bias$', (None,)),  # [D]
-      (r'(scale|reward/bias)$', (None,)),  # norms
+      (r'scale$', (None,)),  # norms
   )
 
 

@@ -88,6 +88,8 @@ def test_a_section_with_a_path_takes_the_path_itself(page, tmp_path, calls, caps
   assert main.main([f'--config={page}', f'--workdir={tmp_path / "v"}', '--config.model', 'w:rft']) == 0
   assert calls[1][0].model.path == 'w:rft'
   assert _run(page, tmp_path, '--config.grpo=x') == 2 and '--config.grpo' in capsys.readouterr().err
+  assert _run(page, tmp_path, '--config.model=') == 2  # seen to fail: random weights without a word
+  assert 'the name of the model is empty; give a folder' in capsys.readouterr().err
 
 
 def test_the_same_command_runs_again_and_another_config_does_not(page, tmp_path, calls, capsys):

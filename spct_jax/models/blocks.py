@@ -5,14 +5,12 @@
 
 Grouped queries are arXiv 2305.13245, the gated MLP 2002.05202, norms behind the two parts 2408.00118; `mla` and `moe`
 stand in for attention and MLP where the config says so. The block is put together from the choices of its configs,
-never by family. `attend` comes from outside, so the block knows neither mask nor cache. Norms, rotations and the
-activation are float32.
+never by family. `attend` comes from outside, so the block knows neither mask nor cache.
 """
 
 from collections.abc import Callable
 
 import flax.linen as nn
-import jax.numpy as jnp
 
 from spct_jax.models.config import BlockConfig, ModelConfig
 from spct_jax.models.mla import LatentAttention
@@ -71,6 +69,4 @@ class Block(nn.Module):
   def _feed_forward(self, y):
     if self.block.experts is not None:
       return self.moe(y)
-    # Evaluated in float32 and rounded once: step by step in bfloat16 a tanh GELU loses more than the matrices do.
-    gate = ACTIVATIONS[self.model.activation](self.gate(y).astype(jnp.float32)).astype(y.dtype)
-    return self.down(gate * self.up(y))
+    return self.down(ACTIVATIONS[self.model.activation](self.gate(y)) * self.up(y))

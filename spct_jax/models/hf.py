@@ -2,8 +2,7 @@
 
 Names and the values of tensors are in `hf_names`, the settings in `hf_config`.
 
-1. A sequence-classification model with one label is the scalar head. The file's head has no bias; ours is 0
-   there, and one that training moved is written as `score.bias`, which other software does not read.
+A sequence-classification model with one label is the scalar head.
 """
 
 import dataclasses
@@ -39,8 +38,8 @@ def read_config(folder: str | os.PathLike, dtype: str = 'float32') -> ModelConfi
   if not path.is_file():
     raise ValueError(f'{folder}: no config.json there; give a folder as save_pretrained writes it')
   try:
-    fields = json.loads(path.read_text())
-  except json.JSONDecodeError as error:
+    fields = json.loads(path.read_text(encoding='utf-8'))
+  except (ValueError, RecursionError) as error:
     raise ValueError(f'{path}: not JSON ({error})') from None
   return hf_config.read(str(path), fields, dtype=dtype)
 
@@ -51,10 +50,12 @@ def load(
     mesh: Any = None,
     rules: Any = None,
     vocab_multiple: int | None = None,
+    leave: tuple[str, ...] = (),
 ) -> tuple[Transformer, dict]:
   """`(model, params)` of a folder, computing and stored in `dtype`; with a mesh, placed by the sharding rules.
 
   The vocabulary is padded to a multiple of `vocab_multiple`, by default of the number of devices in the mesh.
+  Top-level parts of the parameters named in `leave` are not read: an output matrix whose place another head takes.
 
   Every process reads from the files only what its devices hold, straight into the memory of their dtype and layout:
   the host never holds more than that and one tensor of the file. ValueError, before the first tensor is read, for
@@ -79,6 +80,7 @@ def load(
       places = sharding.tree_shardings(abstract, rules, mesh)
     check(weights, settings, abstract)
     _check_tied(weights, settings, mesh)
+    abstract, places = ({k: v for k, v in tree.items() if k not in leave} for tree in (abstract, places))
 
     def fill(path, leaf, place):
       names, axes = hf_names.tensors_of(settings, path)
@@ -110,7 +112,7 @@ def check(weights: Weights, config: ModelConfig, abstract: Any) -> None:
     tensors[table] = tensors.pop(output)
     twice = False
   spare = {output} if twice else set()
-  missing = sorted(set(wanted) - set(tensors) - {hf_names.ENDS['reward/bias'][0]})
+  missing = sorted(set(wanted) - set(tensors))
   extra = sorted(name for name in set(tensors) - set(wanted) - spare if not name.endswith(_SPARE))
   there = [name for name in wanted if name in tensors]
   shapes = [name for name in there if tensors[name].shape != wanted[name]]
@@ -165,11 +167,14 @@ def save(
 ) -> None:
   """Writes a folder that `load` and `transformers` read; it appears whole, or what was there stays (`hf_folder`).
 
-  tokenizer: our `text.tokenizer.Tokenizer`, or a fast one of `transformers`. dtype: of the tensors, by default that of
-  the parameters. shard_bytes: a file holds so much, or one tensor. source: the folder that the model was imported from;
-  fields of its `config.json` and `generation_config.json` that still hold are kept, as are the names that it has a tied
-  table under, and its tokenizer's files if no `tokenizer` is given. chat_template: written beside these files, for a
-  source without one. card: how the model was made, for the README.
+  tokenizer: our `text.tokenizer.Tokenizer`, or a fast one of `transformers`.
+  dtype: of the tensors, by default that of the parameters.
+  shard_bytes: a file holds so much, or one tensor.
+  source: the folder that the model was imported from; fields of its `config.json` and `generation_config.json` that
+    still hold are kept, the names under which it holds a tied table, and its tokenizer's files if no `tokenizer` is
+    given.
+  card: how the model was made, for the README.
+  chat_template: written beside the tokenizer's files of a source without one.
 
   With several processes every one calls this, with a folder that the first one sees, and the first one writes. The
   host holds one tensor at a time. ValueError if the folder is there and is no model folder, if no family of
@@ -270,12 +275,8 @@ def _plan(config, params, dtype, shard_bytes, table_names) -> list[list[_Planned
   shards, room = [[]], shard_bytes
   for path, leaf in sharding.leaf_paths(params):
     names, _ = hf_names.tensors_of(config, path)
-    depth = _depth(names)
     places = [((), name) for name in table_names] if path == 'embed/table' else _leads(names)
-    # A head that was never given a bias has none in the file either.
-    if path == 'reward/bias' and not np.any(sharding.to_host(leaf)):
-      continue
-    shape = tuple(hf_names.file_shape(config, path, leaf.shape[depth:]))
+    shape = tuple(hf_names.file_shape(config, path, leaf.shape[_depth(names) :]))
     stored = hf_experts.stored(config, path, dtype)
     size = int(np.prod(shape)) * stored.itemsize
     for lead, name in places:

@@ -147,11 +147,26 @@ FAMILIES = {
 # --- reading
 
 
-def read(where: str, fields: dict[str, Any], *, dtype: str = 'float32') -> ModelConfig:
+def read(where: str, fields: Any, *, dtype: str = 'float32') -> ModelConfig:
   """The decoder that a `config.json` describes; `where` names it in errors.
 
   What the file leaves out has the default that `transformers` gives it.
   """
+  if not isinstance(fields, dict):
+    raise ValueError(f'{where}: it holds {_short(fields)}; a model configuration is a table {{"field": value, ...}}')
+  try:
+    return _read(where, fields, dtype)
+  except (AttributeError, KeyError, IndexError, TypeError, ArithmeticError) as error:
+    # Any field can be of any type, and each is used as what it should be.
+    raise ValueError(
+        f'{where}: a field is not of the type that `transformers` writes ({type(error).__name__}: {error})'
+    ) from error
+
+
+def _read(where, fields, dtype) -> ModelConfig:
+  for field, kind in _KINDS.items():
+    if not isinstance(fields.get(field), (kind, type(None))):
+      raise ValueError(f'{where}: {field} is {_short(fields[field])}; needs a {_WORDS[kind]}, or null')
   name, head_kind = _architecture(where, fields)
   family = FAMILIES[name]
   for field in ('vocab_size', 'hidden_size', 'num_attention_heads', 'intermediate_size', 'num_hidden_layers'):
@@ -198,6 +213,17 @@ def read(where: str, fields: dict[str, Any], *, dtype: str = 'float32') -> Model
     raise ValueError(f'{where}: {error}') from None
 
 
+_WORDS = {dict: 'table', list: 'list', str: 'name'}
+_KINDS = {
+    'architectures': list, 'model_type': str, 'rope_scaling': dict, 'rope_parameters': dict, 'layer_types': list,
+}  # fmt: skip
+
+
+def _short(value):
+  text = repr(value)
+  return text if len(text) <= 60 else f'{text[:60]}...'
+
+
 def group(blocks: tuple[BlockConfig, ...]):
   """(head, period, num_periods, remainder) of a list of layers, with the fewest blocks to compile.
 
@@ -233,6 +259,9 @@ def _architecture(where, fields):
 
 def _blocks(where, name, fields):
   windows = WINDOWS[FAMILIES[name].windows](where, fields)
+  wrong = [window for window in windows if window is not None and (type(window) is not int or window < 1)]
+  if wrong:
+    raise ValueError(f'{where}: sliding_window is {_short(wrong[0])}; needs a positive whole number, or null')
   ropes = ROPES[FAMILIES[name].rope](where, fields)
   experts = hf_sparse.experts(where, name, fields)
   return tuple(

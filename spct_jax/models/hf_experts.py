@@ -120,7 +120,7 @@ def with_routers(config: ModelConfig, tensors: dict[str, Tensor]) -> ModelConfig
       for i, layer in enumerate(config.layers) if layer.experts is not None
       for name in [f'model.layers.{i}.{_ROUTER}'] if name in tensors and tensors[name].dtype in DTYPES
   }
-  if 'float32' not in found or config.param_dtype == 'float32':
+  if 'float32' not in found:
     return config
 
   def routed(layer):

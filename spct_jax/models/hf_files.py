@@ -180,7 +180,7 @@ class Weights:
       raise ValueError(_no_weights(self.folder))
     try:
       fields = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
       raise ValueError(f'{path}: not JSON ({error}); download it again') from None
     listed = fields.get('weight_map') if isinstance(fields, dict) else None
     if not isinstance(listed, dict) or not listed or not all(isinstance(file, str) for file in listed.values()):
@@ -206,7 +206,7 @@ class Weights:
       )
     try:
       fields = json.loads(os.pread(fd, length, 8), object_pairs_hook=_unique)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
       raise ValueError(f'{path}: not a safetensors file: its header is no JSON ({error})') from None
     if not isinstance(fields, dict):
       raise ValueError(f'{path}: not a safetensors file: its header is no table of tensors')
@@ -310,8 +310,9 @@ def listing(names: Sequence[str], about: Any = None) -> str:
 
 def _entry(path, name, entry, start):
   where = f'{path}: damaged safetensors file: tensor {name}'
-  dtype, shape, offsets = (entry.get(key) if isinstance(entry, dict) else None for key in ('dtype', 'shape', 'data_offsets'))
-  if dtype not in _BITS:
+  entry = entry if isinstance(entry, dict) else {}
+  dtype, shape, offsets = (entry.get(key) for key in ('dtype', 'shape', 'data_offsets'))
+  if not isinstance(dtype, str) or dtype not in _BITS:
     raise ValueError(f'{path}: tensor {name} has the dtype {dtype!r}, which the format does not have')
   if not _counts(shape) or not _counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
     raise ValueError(f'{where} has the shape {shape} and the offsets {offsets}')

@@ -7,6 +7,8 @@ experts and latent attention, where one does, see `hf_experts`.
 The padding rows of the vocabulary (`vocab_multiple`) stay out of the file.
 """
 
+import math
+
 import numpy as np
 
 from spct_jax.models import hf_experts
@@ -44,7 +46,6 @@ ENDS = {
     'final_norm/scale': ('model.norm.weight', 0),
     'unembed/kernel': ('lm_head.weight', 1),
     'reward/kernel': ('score.weight', 1),
-    'reward/bias': ('score.bias', 0),
 }
 
 
@@ -93,5 +94,11 @@ def theirs(config: ModelConfig, path: str, value: np.ndarray) -> np.ndarray:
 
 
 def file_shape(config: ModelConfig, path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-  """The shape that the leaf (of one layer) at `path`, of `shape`, has in the file."""
-  return theirs(config, path, np.broadcast_to(np.zeros((), np.int8), shape)).shape
+  """The shape that the leaf (of one layer) at `path`, of `shape`, has in the file: what `theirs` gives."""
+  if path == 'embed/table':
+    return (config.vocab_size, *shape[1:])
+  if path == 'unembed/kernel':
+    shape = (shape[0], config.vocab_size)
+  _, axes = tensors_of(config, path)
+  outputs = math.prod(shape[axes:])
+  return (outputs, math.prod(shape[:axes])) if axes else (outputs,)

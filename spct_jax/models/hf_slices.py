@@ -131,7 +131,8 @@ def _depth(names: Names) -> int:
 def _rectangle(tensor: Tensor, axes: int, shape: Sequence[int], key: Sequence[tuple[int, int]], held: np.ndarray):
   """(box, what is left to do once it is read): the part of the tensor's matrix that fills `held`, a box of a leaf."""
   split = axes if axes else len(shape) if len(tensor.shape) < 2 else 1
-  groups = [(shape[:split], key[:split]), (shape[split:], key[split:])]  # turned: columns and rows, else rows and columns
+  # Of a kernel, which is turned, columns and rows of the file; else rows and columns.
+  groups = [(shape[:split], key[:split]), (shape[split:], key[split:])]
   bounds = [_bounds(dims, ranges) for dims, ranges in groups]
   wanted = [bound.stop - bound.start for bound in bounds]
   whole = math.prod(wanted) == held.size

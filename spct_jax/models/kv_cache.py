@@ -55,7 +55,8 @@ def init(config: ModelConfig, batch: int, length: int, dtype=None) -> dict:
     if blocks:
       layers[group] = {
           str(j): {
-              name: jnp.zeros((*stack, batch, heads, length, dim), dtype) for name, (heads, dim) in leaves(config).items()
+              name: jnp.zeros((*stack, batch, heads, length, dim), dtype)
+              for name, (heads, dim) in leaves(config).items()
           }
           for j in range(len(blocks))
       }

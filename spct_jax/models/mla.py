@@ -1,6 +1,6 @@
 """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1): keys and values come from a latent.
 
-    c = norm(C x)                   the latent, `rank` numbers a token; all that is kept of it besides
+    c = norm(C x)                   the latent, `rank` numbers a token
     r = rope(R x)                   the rotated part of the key, one for all heads
     k_h = [K_h c ; r]     v_h = V_h c     q_h = [its first `nope` numbers ; rope(the rest)]
 
@@ -10,8 +10,9 @@ q comes from x, or from a normed latent of its own. Two forms, equal up to round
 
 *Absorbed*, for a cache: since  q_h . K_h c = (K_h^T q_h) . c,  every head looks for [K_h^T q_h ; its rotated part]
 among the [c ; r], which are one key for all heads and, in their first part, one value; V_h is applied to what comes
-out. `attend` gets [c ; r] both as key and as value, so the cache holds it once, 576 numbers a token and layer in DeepSeek-V2-Lite, where k and v of 16
-heads would be 5120. It costs 2 (rank + rope) multiplications a head, query and key instead of nope + rope + value.
+out. `attend` gets [c ; r] both as key and as value, so the cache holds it once: 576 numbers a token and layer in
+DeepSeek-V2-Lite, where k and v of 16 heads would be 5120. It costs 2 (rank + rope) multiplications a head, query
+and key instead of nope + rope + value.
 
 Norms inside have eps = 1e-6 whatever the model's is, as in the published code.
 """

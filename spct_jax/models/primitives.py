@@ -1,7 +1,7 @@
 """What the parts of a block are made of: projections, RMSNorm, rotation, activations.
 
 RMSNorm is arXiv 1910.07467, rotary embedding 2104.09864. Rotation turns the pairs (i, i + head_dim / 2), not the
-paper's (2i, 2i + 1). Norms and rotations are float32.
+paper's (2i, 2i + 1). Norms, rotations and activations are float32 and rounded once.
 """
 
 import flax.linen as nn
@@ -13,10 +13,16 @@ from spct_jax.models.config import BlockConfig, ModelConfig
 from spct_jax.models.dense import Dense
 from spct_jax.models.rope import frequencies, magnitude
 
+
+def _rounded_once(function):
+  # Step by step in bfloat16, a GELU's powers and tanh lose more than the matrices around it.
+  return lambda x: function(x.astype(jnp.float32)).astype(x.dtype)
+
+
 ACTIVATIONS = {
-    'silu': jax.nn.silu,
-    'gelu_tanh': lambda x: jax.nn.gelu(x, approximate=True),
-    'gelu': lambda x: jax.nn.gelu(x, approximate=False),
+    'silu': _rounded_once(jax.nn.silu),
+    'gelu_tanh': _rounded_once(lambda x: jax.nn.gelu(x, approximate=True)),
+    'gelu': _rounded_once(lambda x: jax.nn.gelu(x, approximate=False)),
     'relu': jax.nn.relu,
 }
 

@@ -1,9 +1,11 @@
 """The scalar head: a linear map of the final hidden state of the last real token to one number.
 
-    r = kernel^T norm(x[lengths - 1]) + bias
+    r = kernel^T norm(x[lengths - 1])
 
 the value a reward model or the meta-RM (SPCT section 2.6) gives a whole sequence. A row of length 0 is
 a padding row: it gets the value at index 0, finite and meant to be masked.
+
+There is no bias: sequence-classification heads of other software have none, so a trained one would be lost on export.
 """
 
 import jax
@@ -17,10 +19,10 @@ Array = jax.Array | np.ndarray
 
 
 def init(key: jax.Array, config: ModelConfig) -> dict:
-  """{'kernel': [D, 1], 'bias': [1]}; rewards of a fresh head have about unit scale."""
+  """{'kernel': [D, 1]}; rewards of a fresh head have about unit scale."""
   dtype = jnp.dtype(config.param_dtype)
   kernel = jax.random.normal(key, (config.width, 1), dtype) * config.width**-0.5
-  return {'kernel': kernel.astype(dtype), 'bias': jnp.zeros((1,), dtype)}
+  return {'kernel': kernel.astype(dtype)}
 
 
 def last_token(x: Float[Array, 'B T D'], lengths: Int[Array, ' B']) -> Float[Array, 'B D']:
@@ -31,7 +33,6 @@ def last_token(x: Float[Array, 'B T D'], lengths: Int[Array, ' B']) -> Float[Arr
 
 def reward(params: dict, x: Float[Array, 'B D']) -> Float[Array, ' B']:
   """float32, whatever the model computes in: rewards are compared, and bfloat16 ties them."""
-  kernel, bias = params['kernel'].astype(jnp.float32), params['bias'].astype(jnp.float32)
   # The default precision of a float32 product is bfloat16 on TPUs and TF32 on GPUs.
-  product = jnp.matmul(x.astype(jnp.float32), kernel, precision='highest')
-  return (product + bias[None, :])[:, 0]
+  kernel = params['kernel'].astype(jnp.float32)
+  return jnp.matmul(x.astype(jnp.float32), kernel, precision='highest')[:, 0]

@@ -4,7 +4,7 @@
      'head': {'0': block, ...}, 'period': {'0': block with [num_periods, ...] leaves, ...}, 'remainder': {...},
      'final_norm': {'scale': [D]},
      'unembed': {'kernel': [D, Vpad]}            untied language models only
-     'reward': {'kernel': [D, 1], 'bias': [1]}}  scalar head only
+     'reward': {'kernel': [D, 1]}}               scalar head only
 
     block: attn_norm/scale [D], q/kernel [D,H,hd], k/kernel and v/kernel [D,M,hd], o/kernel [H,hd,D],
            mlp_norm/scale [D], gate/kernel and up/kernel [D,F], down/kernel [F,D]

@@ -163,8 +163,8 @@ def evaluation(config: Any, mesh: Any) -> None:
   labels = tuple(map(named.label, fields.models))
   if not names and len(set(labels)) != len(labels):
     raise ValueError(
-        f'evaluate.models: tables would call two of {tuple(fields.models)} the same, {labels}; give evaluate.names, one '
-        'distinct name for each'
+        f'evaluate.models: tables would call two of {tuple(fields.models)} the same, {labels}; give evaluate.names, '
+        'one distinct name for each'
     )
 
 

@@ -21,7 +21,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from spct_jax import jsonl, sharding
 from spct_jax.models import hf, hf_files, hf_folder
@@ -71,7 +70,7 @@ def run(config: Any, workdir: Workdir | None, mesh: Any, generate: Any = None) -
   if fields.do not in ways:
     raise ValueError(f'convert.do: got {fields.do!r}; allowed: {", ".join(ways)}')
   if fields.dtype not in ('', *DTYPES):
-    raise ValueError(f'convert.dtype: got {fields.dtype!r}; allowed: {", ".join(DTYPES)}, or empty (the model\'s own)')
+    raise ValueError(f"convert.dtype: got {fields.dtype!r}; allowed: {', '.join(DTYPES)}, or '' for the model's own")
   if fields.adapters not in ('merge', 'peft'):
     raise ValueError(f'convert.adapters: got {fields.adapters!r}; allowed: merge, peft')
   if not isinstance(fields.shard_bytes, int) or fields.shard_bytes < 1:
@@ -89,8 +88,8 @@ def _inspect(config, given, workdir, mesh):
   planned = _mesh(config, mesh)
   table = inspect(given.decoder, loading.rules(config.sharding.rules), planned)
   first = given.links[0]
-  name = config.model.path or 'random weights'
-  told = {'model': name, 'kind': first.kind, 'head': given.decoder.config.head_kind, **table}
+  head = given.decoder.config.head_kind
+  told = {'model': config.model.path or 'random weights', 'kind': first.kind, 'head': head, **table}
   if given.tokenizer is not None:
     told['tokens'] = given.tokenizer.vocab_size
   processes.say(*_lines(told))
@@ -141,8 +140,8 @@ def _export(config, given, workdir, mesh):
     raise ValueError(f'convert.to: {to} is the model itself, or what it was made from; give another folder')
   if fields.adapters == 'peft':
     return _export_adapters(given, to, mesh)
-  # Before hours of reading.
-  processes.as_writer_says(lambda: hf_folder.check_target(to) is None, what=f'looking at {to}')
+  # Now, not after minutes of reading.
+  processes.only_writer(lambda: hf_folder.check_target(to), what=f'looking at {to}')
   params = loading.params(given.config, 'base', given.decoder, None, mesh)
   tok = given.tokenizer
   copied = first.kind == 'folder' and given.config.tokenizer.path in ('', first.path)  # the files as they are
@@ -187,9 +186,8 @@ def _import(config, given, workdir, mesh):
   params = loading.params(given.config, 'base', given.decoder, None, mesh)
   bad = [path for path, leaf in sharding.leaf_paths(params) if not bool(_finite(leaf))]
   if bad:
-    raise ValueError(
-        f'{config.model.path}: values that are not finite in {hf_files.listing(bad)}; the model is damaged'
-    )
+    what = hf_files.listing(bad)
+    raise ValueError(f'{config.model.path}: values that are not finite in {what}; the model is damaged')
   with checkpoint.Checkpoints(folder / 'checkpoint', keep=1) as checkpoints:
     checkpoints.save(0, {'params': params, 'step': jnp.zeros((), jnp.int32)}, {'model': str(config.model.path)})
   workdir.mark_done('convert', config, reads, ('convert/checkpoint',))
@@ -219,14 +217,16 @@ def _given(config):
   if root.kind == 'random' and root.config is config:
     links = tuple(dataclasses.replace(link, config=own) if link.config is config else link for link in links)
     if tok is None:
-      raise ValueError('random weights need a tokenizer, for the size of their vocabulary: --config.tokenizer=FOLDER')
+      raise ValueError(
+          'random weights need a tokenizer for the size of their vocabulary; give --config.tokenizer=FOLDER'
+      )
   head_kind = named.head_kind(own, 'base', 'model.path')
   if tok is not None:
     decoder = loading.model(own, tok, head_kind=head_kind)
   else:
-    pages = [link.config for link in links if link.kind == 'stage']
-    padded = (pages or [own])[0].model.vocab_multiple
-    settings = hf.read_config(root.path, held)
+    trained = [link.config for link in links if link.kind == 'stage']
+    padded = (trained[0] if trained else own).model.vocab_multiple
+    settings = loading.with_routers(hf.read_config(root.path, held), root.path)
     decoder = Transformer(dataclasses.replace(settings, head_kind=head_kind, vocab_multiple=padded))
   return _Given(links, own, tok, decoder, dtype)
 
@@ -278,9 +278,10 @@ def card(name: str, links: tuple[named.Model, ...]) -> hf_folder.Card:
   """How the model was made, from the records of the workdir that trained it."""
   first, root = links[0], links[-1]
   base = root.path if root.kind == 'folder' else None
+  told = tuple(filter(None, map(named.stand_in, links, links[1:])))
   if first.kind != 'stage':
     notes = (f'converted from `{name}`',) if name else ('random weights: nothing was trained',)
-    return hf_folder.Card(base_model=base, commit=commit(), version=version(), notes=notes)
+    return hf_folder.Card(base_model=base, commit=commit(), version=version(), notes=notes + told)
   folder = pathlib.Path(first.path)
   done = hf_folder.read_json(folder / first.stage / 'DONE.json')
   prints = done['fingerprint'] or {'config': None, 'inputs': {}}
@@ -294,7 +295,7 @@ def card(name: str, links: tuple[named.Model, ...]) -> hf_folder.Card:
       version=done['version'],
       data=tuple(read for read in prints['inputs'] if not read.endswith(('DONE.json', 'config.json'))),
       metrics=_metrics(folder, first),
-      notes=notes,
+      notes=notes + told,
   )
 
 
@@ -326,7 +327,6 @@ def _lines(told):
       f'{"":<16}{"parameters":>18}{told["dtype"]:>14}{"per device":>14}',
   ]
   for row in (*told['groups'], {**told, 'name': 'sum'}):
-    lines.append(
-        f'{row["name"]:<16}{row["parameters"]:>18,}{plan.size(row["bytes"]):>14}{plan.size(row["bytes_per_device"]):>14}'
-    )
+    whole, part = plan.size(row['bytes']), plan.size(row['bytes_per_device'])
+    lines.append(f'{row["name"]:<16}{row["parameters"]:>18,}{whole:>14}{part:>14}')
   return lines

@@ -168,14 +168,14 @@ def model(config: Any, tok: tokenizers.Tokenizer, *, name: str = 'base', head_ki
   }
   if shape.kind == 'folder':
     from spct_jax.models import hf  # needs safetensors, which a random decoder does not
-    settings = dataclasses.replace(hf.read_config(shape.path), **own)
+    settings = with_routers(dataclasses.replace(hf.read_config(shape.path), **own), shape.path)
     if tok.vocab_size > settings.vocab_size:
       raise ValueError(
           f'the tokenizer {config.tokenizer.path!r} has {tok.vocab_size} tokens, but the model in '
           f'{shape.path!r} embeds {settings.vocab_size}; give the tokenizer that belongs to the model'
       )
-    if (pathlib.Path(shape.path) / 'tokenizer.json').is_file():
-      _same_tokens(config, tok, shape.path, shape.path)
+    if any((pathlib.Path(shape.path) / file).is_file() for file in tokenizers.FILES):
+      _same_tokens_as_folder(config, tok, shape.path)
     return Transformer(settings)
   size = tok.vocab_size if shape.config is config else tokenizer(shape.config).vocab_size
   page = shape.config.model
@@ -197,6 +197,23 @@ def model(config: Any, tok: tokenizers.Tokenizer, *, name: str = 'base', head_ki
       qk_norm=page.qk_norm,
       **own,
   ))
+
+
+def with_routers(settings: ModelConfig, folder: str) -> ModelConfig:
+  """The decoder with the routers' own dtype, which the tensors say and config.json does not."""
+  if settings.latent is None or not any(layer.experts for layer in settings.layers):
+    return settings
+  from spct_jax.models import hf, hf_experts
+  with hf.Weights(folder) as weights:
+    return hf_experts.with_routers(settings, weights.tensors)
+
+
+def _same_tokens_as_folder(config, tok, folder):
+  try:
+    _tokens(folder)
+  except ValueError as error:  # a tokenizer for other software, of which the user gives another form
+    return processes.say(f'the tokenizer in {folder} is not compared with {config.tokenizer.path!r}: {error}')
+  _same_tokens(config, tok, folder, folder)
 
 
 def _same_tokens(config, tok, path, model_):
@@ -274,9 +291,8 @@ def params(config: Any, name: str, decoder: Transformer, workdir: Workdir, mesh:
 def _params(config, links, decoder, workdir, mesh):
   first, *below = links
   layout = sharding.tree_shardings(decoder.abstract_params(), rules(config.sharding.rules), mesh)
-  fresh = jax.jit(decoder.init, out_shardings=layout)
   if first.kind == 'random':
-    return fresh(jax.random.key(first.config.seed))
+    return jax.jit(decoder.init, out_shardings=layout)(jax.random.key(first.config.seed))
   key = jax.random.key(config.seed)
   if first.kind == 'folder':
     from spct_jax.models import hf
@@ -286,11 +302,13 @@ def _params(config, links, decoder, workdir, mesh):
         mesh=mesh,
         rules=rules(config.sharding.rules),
         vocab_multiple=decoder.config.vocab_multiple,
+        leave=('unembed',) if decoder.config.head_kind == 'scalar' else (),
     )
     if decoder.config.head_kind == 'lm' or 'reward' in imported:
       return imported
-    start = fresh(key)
-    return {**{k: v for k, v in imported.items() if k in start}, 'reward': start['reward']}
+    # The rest of a fresh model is never made: the compiler drops what nobody asks for.
+    head = jax.jit(lambda key: decoder.init(key)['reward'], out_shardings=layout['reward'])
+    return imported | {'reward': head(key)}
   if not named.is_adapters(first):
     return checkpoint.load_params(_finished(first, workdir), decoder, layout, key=key)
   adapted, learnt = _adapters(config, links, decoder, workdir, mesh)
@@ -317,6 +335,8 @@ def adapters(
 def _adapters(config, links, decoder, workdir, mesh):
   """The adapters of the first of the links."""
   first, *below = links
+  if found := named.stand_in(first, below[0]):
+    processes.say(found)
   if first.kind == 'adapter':
     from spct_jax.train import peft
     kind = peft.read_config(first.path).head_kind
@@ -343,14 +363,14 @@ def _finished(link, workdir):
 
 def _check_base(done, below):
   """The folders that adapters were trained on must hold what they held then."""
-  recorded = json.loads(done.read_text(encoding='utf-8'))['fingerprint']['inputs']
+  recorded = json.loads(done.read_text(encoding='utf-8'))['fingerprint']['inputs'].values()
   for model_ in below:
     if model_.kind == 'stage' and not named.is_adapters(model_):
       break
-    if model_.kind in ('folder', 'adapter') and recorded.get(model_.path) not in (None, content(model_.path)):
+    if model_.kind in ('folder', 'adapter') and content(model_.path) not in recorded:
       raise ValueError(
           f'{done.parent}: its adapters were trained on the model in {model_.path}, which has changed since; restore '
-          f'the folder, or train again'
+          'the folder, or train again'
       )
   return True
 
@@ -440,8 +460,9 @@ def sampler_view(
 
 
 def _sampler_dtype(path, leaf, dtype):
-  """Norm scales keep their own dtype: they are few, and the learner multiplies them in float32."""
-  return leaf.dtype if path[-1].key == 'scale' else np.dtype(dtype)
+  """Norm scales and routers keep their own dtype: they are few, and are multiplied in float32."""
+  own = path[-1].key == 'scale' or path[-2].key == 'router'
+  return leaf.dtype if own else np.dtype(dtype)
 
 
 def _frozen(tree):

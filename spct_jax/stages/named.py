@@ -11,10 +11,12 @@ are read, so a mistake is found before any work.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
 import pathlib
+import re
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -75,9 +77,15 @@ def chain(config: Any, name: str, field: str = 'model') -> tuple[Model, ...]:
   """
   found = [find(config, name, field)]
   while (below := base_of(config, found[-1])) is not None:
-    seen = [(model.path, model.stage) for model in found if model.kind == 'stage']
-    if below.kind == 'stage' and (below.path, below.stage) in seen:
-      raise ValueError(f'{field}: the stage {below.stage!r} starts from itself ({below.stage}.init); give another init')
+    if _place(below) in map(_place, found):
+      if below.kind == 'stage':
+        raise ValueError(
+            f'{field}: the stage {below.stage!r} starts from itself ({below.stage}.init); give another init'
+        )
+      raise ValueError(
+          f'{field}: the adapters in {below.path} are, in the end, on themselves; write the folder of their base model '
+          'into base_model_name_or_path of its adapter_config.json'
+      )
     found.append(below)
   return tuple(found)
 
@@ -114,12 +122,47 @@ def check(config: Any, name: str, field: str, kinds: tuple[str, ...]) -> None:
   if got not in kinds:
     what = {'lm': 'a language model', 'scalar': 'a scalar reward model (*ForSequenceClassification with one label)'}
     raise ValueError(f'{field}: {name!r} is {what[got]}; needed is {" or ".join(what[kind] for kind in kinds)}')
-  for model in chain(config, name, field):
-    if model.kind == 'folder' and not any(pathlib.Path(model.path).glob('*.safetensors')):
-      raise ValueError(
-          f'{field}: {model.path} has a config.json and no safetensors; other weight formats are not read, convert them '
-          'with save_pretrained(safe_serialization=True)'
-      )
+  for model in _read(chain(config, name, field)):
+    try:
+      if model.kind == 'folder':
+        files = [file for file in sorted(pathlib.Path(model.path).iterdir()) if '.safetensors' in file.name]
+        state = [file.stat() for file in (pathlib.Path(model.path) / 'config.json', *files)]
+        _check_weights(model.path, *files, *((found.st_size, found.st_mtime_ns) for found in state))
+      elif model.kind == 'adapter':
+        from spct_jax.train import peft
+        peft.check_file(model.path)
+    except ValueError as error:
+      raise ValueError(f'{field}: {error}') from None
+
+
+@functools.lru_cache(maxsize=64)
+def _check_weights(folder: str, *state: Any) -> None:
+  """Holds a folder's tensors against its config.json, by headers alone; `state` tells its files from earlier ones."""
+  from spct_jax.models import hf
+  from spct_jax.models.transformer import Transformer
+  del state
+  settings = hf.read_config(folder)
+  with hf.Weights(folder) as weights:
+    hf.check(weights, settings, Transformer(settings).abstract_params())
+
+
+def stand_in(model: Model, below: Model) -> str:
+  """What to say where the adapters of a PEFT folder are put on another folder than the one that they name, or ''.
+
+  The name of a hub is taken for a folder of its last part, or whose config.json repeats it.
+  """
+  if model.kind != 'adapter' or not below.path:
+    return ''
+  from spct_jax.train import peft
+  name = peft.read_config(model.path).base
+  if any(os.path.realpath(place) == os.path.realpath(below.path) for place in _places(model.path, name)):
+    return ''
+  if name and pathlib.PurePath(name).name == pathlib.PurePath(below.path).name:
+    return ''
+  if name and (_json(pathlib.Path(below.path) / 'config.json') or {}).get('_name_or_path') == name:
+    return ''
+  on = f'{below.path}:{below.stage}' if below.kind == 'stage' else below.path
+  return f'the adapters in {model.path} name the base model {name!r}; they are put on {on} (config.model)'
 
 
 def lora_rank(config: Any, stage: str) -> int:
@@ -137,14 +180,20 @@ def reads(config: Any, *names: str) -> tuple[str, ...]:
   """The files that the parameters called `names` depend on: records of training, and folders."""
   found: list[str] = []
   for name in filter(None, names):
-    for model in chain(config, name):
-      if model.kind in ('folder', 'adapter'):
-        found.append(model.path)
-      elif model.kind == 'stage':
-        found += _stage_reads(model)
-        if not is_adapters(model):
-          break  # it holds every parameter: what it was made from no longer matters
+    links = chain(config, name)
+    for model in _read(links):
+      found += _stage_reads(model) if model.kind == 'stage' else [model.path] if model.path else []
+    if links[-1].kind == 'folder' and links[-1].path not in found:
+      found.append(f'{links[-1].path}/config.json')  # the shape, whoever holds the parameters
   return tuple(dict.fromkeys(found))
+
+
+def _read(links):
+  """The links whose parameters are read: a stage without adapters holds every one, whatever it was made from."""
+  for model in links:
+    yield model
+    if model.kind == 'stage' and not is_adapters(model):
+      return
 
 
 def slug(name: str) -> str:
@@ -167,6 +216,10 @@ def label(name: str) -> str:
 def checkpoint(model: Model, workdir: pathlib.Path | None) -> pathlib.Path:
   """The folder of checkpoints of a stage; `workdir` is the one of this run."""
   return pathlib.Path(model.path or workdir) / model.stage / 'checkpoint'
+
+
+def _place(model):
+  return model.kind, os.path.realpath(model.path) if model.path else '', model.stage
 
 
 def _normal(path: str) -> str:
@@ -195,7 +248,9 @@ def _folder(config, name, field):
     )
   if 'stage' in fields and ('pipeline' in fields or IMPORTED in fields):
     models = TRAINED if 'pipeline' in fields else (IMPORTED,)
-    raise ValueError(f'{field}: {name!r} is a workdir; say which of its models: {name}:STAGE with one of {", ".join(models)}')
+    raise ValueError(
+        f'{field}: {name!r} is a workdir; say which of its models: {name}:STAGE with one of {", ".join(models)}'
+    )
   return Model('folder', str(path))
 
 
@@ -206,16 +261,31 @@ def _other(field, path, stage):
     raise ValueError(f'{field}: {path} is no workdir with a stage {stage!r} (its config.json says no such thing)')
   if not (pathlib.Path(path) / stage / 'DONE.json').is_file():
     done = [name for name in TRAINED if (pathlib.Path(path) / name / 'DONE.json').is_file()]
-    raise ValueError(f'{field}: {stage!r} is not finished in the workdir {path}; finished there: {", ".join(done) or "none"}')
-  return Model('stage', path, stage, ConfigDict(fields))
+    raise ValueError(
+        f'{field}: {stage!r} is not finished in the workdir {path}; finished there: {", ".join(done) or "none"}'
+    )
+  cwd = (_json(pathlib.Path(path) / stage / 'DONE.json') or {}).get('cwd')
+  return Model('stage', path, stage, ConfigDict(_from(cwd, fields) if cwd else fields))
+
+
+def _from(cwd, fields):
+  """The page of a workdir with the paths that a chain follows, which started from the folder of that run."""
+  out = {name: dict(part) if isinstance(part, dict) else part for name, part in fields.items()}
+  for section, field in (('model', 'path'), ('tokenizer', 'path'), *((stage, 'init') for stage in TRAINED)):
+    value = out.get(section, {}).get(field)
+    # No path is the name of a model, or of what a package carries (builtin:small).
+    names = ('base', *TRAINED) if field == 'init' else ()
+    if value and value not in names and not re.match(r'(builtin|package):', value):
+      out[section][field] = os.path.join(cwd, os.path.expanduser(value))
+  return out
 
 
 def _adapters_base(config, folder):
   """The base model of a PEFT folder: the folder that it names, or config.model where it names none that is here."""
   from spct_jax.train import peft
   name = peft.read_config(folder).base
-  for place in (_normal(name), os.path.join(folder, name)) if name else ():
-    if (pathlib.Path(place) / 'config.json').is_file():
+  for place in _places(folder, name):
+    if any((pathlib.Path(place) / file).is_file() for file in ('config.json', 'adapter_config.json')):
       return _folder(config, place, f'{folder}: base_model_name_or_path')
   path = config.model.path
   if path and _normal(path) != folder:
@@ -224,6 +294,11 @@ def _adapters_base(config, folder):
       f'{folder}: its adapter_config.json names the base model {name!r}, and there is no such folder; download it and '
       'give it as --config.model=FOLDER, or write its folder into base_model_name_or_path'
   )
+
+
+def _places(folder, name):
+  """Where the base of a PEFT folder may lie."""
+  return (_normal(name), os.path.join(folder, name)) if name else ()
 
 
 def _stage_reads(model):
@@ -240,6 +315,8 @@ def _json(path):
     fields = json.loads(path.read_text(encoding='utf-8'))
   except FileNotFoundError:
     return None
-  except (json.JSONDecodeError, UnicodeDecodeError) as error:
+  except (ValueError, RecursionError) as error:
     raise ValueError(f'{path}: not JSON ({error})') from None
-  return fields if isinstance(fields, dict) else None
+  if not isinstance(fields, dict):
+    raise ValueError(f'{path}: it holds no table {{"field": value, ...}}; restore the file')
+  return fields

@@ -132,18 +132,24 @@ def version() -> str | None:
 
 
 def content(path: str | os.PathLike[str]) -> str:
-  """Hash of a file, read as a stream, or of every file under a folder with its name."""
+  """Hash of a file, read as a stream, or of every file under a folder with its name.
+
+  Left out are files that nobody computes with: hidden ones (.git, .cache), README and LICENSE.
+  """
   path = pathlib.Path(path)
   if path.is_dir():
-    # Python writes caches of bytecode beside the files of a package, at times of its own.
-    files = sorted(
-      file for file in path.rglob('*') if file.is_file() and file.parent.name != '__pycache__'
-    )
+    files = sorted(file for file in path.rglob('*') if file.is_file() and not _idle(file.relative_to(path)))
     return _digest([[file.relative_to(path).as_posix(), content(file)] for file in files])
   found = path.stat()
   if found.st_size < _LARGE:
     return _file_content(path)
   return _large_content(path.resolve(), found.st_ino, found.st_size, found.st_mtime_ns)
+
+
+def _idle(path: pathlib.PurePath) -> bool:
+  # Python writes caches of bytecode beside the files of a package, at times of its own.
+  hidden = any(part.startswith('.') or part == '__pycache__' for part in path.parts)
+  return hidden or re.fullmatch(r'(readme|licen[cs]e)(\.(md|txt|rst))?', path.name.lower()) is not None
 
 
 # Of files that nobody writes twice within a tick of the clock; a model's are gigabytes, and asked for by every stage.
@@ -312,7 +318,10 @@ class Workdir:
 
 
 def _record(stage: str, fingerprint: dict[str, Any] | None) -> dict[str, Any]:
-  return {'stage': stage, 'fingerprint': fingerprint, 'commit': commit(), 'version': version()}
+  # Relative paths in the config start from `cwd`: whoever reads them later may be elsewhere.
+  return {
+    'stage': stage, 'fingerprint': fingerprint, 'commit': commit(), 'version': version(), 'cwd': os.getcwd(),
+  }  # fmt: skip
 
 
 def _read_json(path: pathlib.Path) -> Any:

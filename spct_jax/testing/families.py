@@ -139,7 +139,7 @@ def _ropes(rng, pick):
   )
 
 
-def tensor(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
+def tensor(family: str, name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
   """Values of one tensor of the file, float32: kernels by their fan-in, norms and biases away from where they start."""
   rng = np.random.default_rng([seed, *name.encode()])
   draw = rng.normal(size=shape)
@@ -150,4 +150,5 @@ def tensor(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
     if name.endswith('_b_proj.weight'):  # what is made of a latent, which is normed: small, or models magnify rounding
       size *= 0.7
     return (1.5 * size * draw).astype(np.float32)
-  return ((0.3 * draw) + (1.0 if 'norm' in name else 0.0)).astype(np.float32)
+  one = 'norm' in name and not FAMILIES[family].fixed.get('norm_plus_one', False)
+  return (0.3 * draw + one).astype(np.float32)

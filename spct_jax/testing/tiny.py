@@ -30,7 +30,6 @@ RULES = (
     ('/down/lora_a$', ('tensor', None)),
     ('/(o|down)/lora_b$', (None, 'fsdp')),
     ('(^|/)reward/kernel$', ('fsdp', None)),
-    ('(^|/)reward/bias$', ()),
     ('norm/scale$', ()),
     ('(^|/)[0-9]+/(k|v)$', (('data', 'fsdp'), 'tensor', None, None)),  # cache [B, M, S, hd]
 )

@@ -11,6 +11,11 @@ line is ordinary text, data spans are neutralised there against these labels, to
 frames the turns, data spans stay exactly as they came. `fallback` is that frame as a template: what
 a run records and an exported model carries. A tokenizer that comes with it is one without a template.
 
+A tokenizer that puts its BOS before every text has it before every prompt, once: where the template writes it, or
+else in front of what the template gives (`framed` is then what a run records). `apply_chat_template` of transformers
+leaves it out in that case; we read the template's silence as a gap, because the model saw BOS at the start of all it
+was trained on.
+
 A template that asks for the time (`strftime_now`) is told the start of 2024-07-26, always, so that
 a prompt does not depend on the day on which it is built.
 """
@@ -96,7 +101,7 @@ def wrap_messages(messages: Sequence[Message], tokenizer: Any) -> list[Span]:
   turns = [(message.role, place) for message, place in zip(messages, places)]
   rest = _render(tokenizer.hf, [*turns, ('assistant', _ASSISTANT)], add_generation_prompt=False)
   _check_turns(rest, [message.role for message in messages], places)
-  spans = []
+  spans = [Span(hf_bos, data=False)] if (hf_bos := _lacking_bos(tokenizer.hf, rest.split(places[0])[0])) else []
   for message, place in zip(messages, places):
     before, rest = rest.split(place)
     spans += [Span(before, data=False), Span(message.content, data=True)]
@@ -119,7 +124,7 @@ def _frame(hf: Any, template: str | None) -> tuple[str, str]:
     turns = _render(hf, [('user', _USER), ('assistant', _ASSISTANT)], add_generation_prompt=False)
     between = _split(_split(turns, _USER)[1], _ASSISTANT)[0]
     tail = between if between.startswith(tail) else tail
-  return head, tail
+  return _lacking_bos(hf, head) + head, tail
 
 
 def turn_end(hf: Any) -> int | None:
@@ -151,6 +156,15 @@ def template_text(hf: Any) -> str | None:
 def fallback(hf: Any) -> str:
   """The frame of a tokenizer without a template, as a template."""
   return (_BOS if _adds_bos(hf) else '') + _FALLBACK
+
+
+def framed(hf: Any) -> str:
+  """What prompts are framed with, as a template."""
+  own = template_text(hf)
+  if own is None:
+    return fallback(hf)
+  head = _split(_render(hf, [('user', _USER)], add_generation_prompt=True), _USER)[0]
+  return _BOS + own if _lacking_bos(hf, head) else own
 
 
 def _render(hf: Any, turns: list[tuple[str, str]], add_generation_prompt: bool) -> str:
@@ -201,6 +215,13 @@ def _split(text: str, placeholder: str) -> tuple[str, str]:
     )
   before, after = text.split(placeholder)
   return before, after
+
+
+@functools.lru_cache(maxsize=256)
+def _lacking_bos(hf: Any, head: str) -> str:
+  """The BOS that a tokenizer adds to every text and `head`, the beginning of a prompt, has not; or ''."""
+  there = not _adds_bos(hf) or hf.bos_token_id in hf.encode(head, add_special_tokens=False)
+  return '' if there else hf.bos_token
 
 
 def _adds_bos(hf: Any) -> bool:

@@ -47,7 +47,7 @@ class Tokenizer:
     pad_id: what fills up a batch; it is never read, masks come from lengths.
     vocab_size: one more than the largest id, added tokens included.
     chat_template: the tokenizer's own jinja template, or None.
-    template: what prompts are framed with: that, or the fallback of `chat` as a template.
+    template: what prompts are framed with: that, with BOS if it lacks one, or the fallback of `chat` as a template.
   """
 
   hf: Any
@@ -81,7 +81,7 @@ class Tokenizer:
 
   @property
   def template(self) -> str:
-    return chat.fallback(self.hf) if self.chat_template is None else self.chat_template
+    return chat.framed(self.hf)
 
   def save(self, folder: str | pathlib.Path) -> None:
     """Writes the tokenizer's files, which `load` reads."""

@@ -11,11 +11,11 @@ State, gradients, optimizer and checkpoints are of this tree alone. `join` puts 
 pass, in which `models.dense` adds each pair as a path of its own; `merge` makes W + s A B, for the sampler, the
 next stage and the export.
 
-1. A scalar head learns whole: its kernel is in the adapters' tree, and starts as the base's. Its bias stays: it
-   moves all rewards alike, and PEFT has no place for it.
+1. A scalar head learns whole: its kernel is in the adapters' tree, and starts as the base's.
 2. Adapters have no dropout: it would make a step depend on more than its batch.
 3. Each expert of a mixture has a pair of its own, added to its kernel in the layer; a router is never adapted.
-4. A is uniform within 1 / sqrt(fan-in), as PEFT draws it; the paper has a Gaussian.
+4. A rank may be above a matrix's own, as in PEFT: keys and values are often narrower than the rest.
+5. A is uniform within 1 / sqrt(fan-in), as PEFT draws it; the paper has a Gaussian.
 """
 
 import dataclasses
@@ -47,7 +47,7 @@ class Settings:
     if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:
       raise ValueError(f'lora.rank: got {self.rank!r}; allowed: a whole number of at least 1, or 0 for no adapters')
     if not (math.isfinite(self.alpha) and self.alpha > 0):
-      raise ValueError(f'lora.alpha: got {self.alpha!r}; allowed: a positive number (the adapters are scaled by alpha / rank)')
+      raise ValueError(f'lora.alpha: got {self.alpha!r}; allowed: a positive number (the scale is alpha / rank)')
     if not self.targets or len(set(self.targets)) != len(self.targets):
       raise ValueError(f"lora.targets: got {self.targets}; allowed: one or more distinct names, such as ('q', 'v')")
 
@@ -64,10 +64,6 @@ class Kernel:
   stack: tuple[int, ...]
   inputs: tuple[int, ...]
   outputs: tuple[int, ...]
-
-  @property
-  def rank(self) -> int:
-    return min(math.prod(self.inputs), math.prod(self.outputs))
 
 
 def kernels(model: Transformer) -> dict[str, Kernel]:
@@ -95,7 +91,7 @@ def adapted(model: Transformer, settings: Settings) -> dict[str, Kernel]:
   """The part of `kernels` that the targets name.
 
   Raises:
-    ValueError: a target that no projection has, or a rank above the matrix's own.
+    ValueError: a target that no projection has.
   """
   every = kernels(model)
   named = lambda target, path: projection(path) == target or projection(path).endswith(f'/{target}')
@@ -103,14 +99,7 @@ def adapted(model: Transformer, settings: Settings) -> dict[str, Kernel]:
     if not any(named(target, path) for path in every):
       known = dict.fromkeys(map(projection, every))
       raise ValueError(f'lora.targets: got {target!r}; this model has {", ".join(known)}')
-  found = {path: kernel for path, kernel in every.items() if any(named(target, path) for target in settings.targets)}
-  for path, kernel in found.items():
-    if settings.rank > kernel.rank:
-      raise ValueError(
-          f'lora.rank: got {settings.rank}, but {projection(path)!r} is a matrix of rank {kernel.rank}; allowed: up to '
-          f'{kernel.rank}, or leave it out of lora.targets'
-      )
-  return found
+  return {path: kernel for path, kernel in every.items() if any(named(target, path) for target in settings.targets)}
 
 
 @dataclasses.dataclass(frozen=True)

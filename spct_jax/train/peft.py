@@ -40,6 +40,14 @@ _IDLE = {
     'peft_version', 'qalora_group_size', 'revision', 'runtime_config', 'target_modules',
 }  # fmt: skip
 _PLAIN = {'bias': 'none'}  # the value with which a field changes nothing; any other field: empty, False or null
+# What the values of the fields that are read may be.
+_KINDS = {
+    'r': (int, 'a whole number'),
+    'lora_alpha': ((int, float), 'a number'),
+    'task_type': ((str, type(None)), 'a name or null'),
+    'base_model_name_or_path': ((str, type(None)), 'a name or null'),
+    'modules_to_save': ((list, type(None)), 'a list of names or null'),
+}
 # Initialisations that change the base model too: its folder is then not what the adapter is for.
 _MOVING = ('corda', 'loftq', 'olora', 'pissa')
 
@@ -70,11 +78,15 @@ def read_config(folder: str | os.PathLike) -> Config:
     raise ValueError(f'{folder}: no {CONFIG} there; give a folder as PEFT writes it')
   try:
     fields = json.loads(path.read_text(encoding='utf-8'))
-  except (json.JSONDecodeError, UnicodeDecodeError) as error:
+  except (ValueError, RecursionError) as error:
     raise ValueError(f'{path}: not JSON ({error})') from None
   if not isinstance(fields, dict) or fields.get('peft_type') != 'LORA':
     got = fields.get('peft_type') if isinstance(fields, dict) else fields
     raise ValueError(f"{path}: peft_type is {got!r}; supported is 'LORA'")
+  for name, (kinds, allowed) in _KINDS.items():
+    value = fields.get(name)
+    if name in fields and not isinstance(value, kinds) or name in ('r', 'lora_alpha') and isinstance(value, bool):
+      raise ValueError(f'{path}: {name} is {value!r}; allowed is {allowed}')
   for name, value in sorted(fields.items()):
     idle = value == _PLAIN[name] if name in _PLAIN else not value
     if name not in _READ | _IDLE and not idle:
@@ -95,13 +107,25 @@ def read_config(folder: str | os.PathLike) -> Config:
   if fields.get('task_type') not in tasks:
     raise ValueError(f'{path}: task_type is {fields["task_type"]!r}; supported are {", ".join(TASKS.values())}')
   head_kind = tasks[fields.get('task_type')]
-  whole = set(fields.get('modules_to_save') or ())
+  whole = set(map(str, fields.get('modules_to_save') or ()))
   if whole - (_HEADS if head_kind == 'scalar' else set()):
     raise ValueError(
         f'{path}: modules_to_save is {sorted(whole)}; supported is the head of a sequence-classification model (score)'
     )
   base = fields.get('base_model_name_or_path') or ''
   return Config(fields['r'], fields['lora_alpha'], bool(fields.get('use_rslora')), base, head_kind)
+
+
+def check_file(folder: str | os.PathLike) -> None:
+  """Raises unless the adapter's tensors are there as one whole safetensors file; only its header is read."""
+  path = pathlib.Path(folder) / WEIGHTS
+  if not path.is_file():
+    raise ValueError(f'{folder}: no {WEIGHTS} there; other weight formats are not read: save it with safetensors')
+  try:
+    with safetensors.safe_open(path, framework='numpy'):
+      pass
+  except safetensors.SafetensorError as error:
+    raise ValueError(f'{path}: not a whole safetensors file ({error})') from None
 
 
 def load(
@@ -119,18 +143,16 @@ def load(
     raise ValueError('load: got one of mesh and rules; give both to shard the adapters, or neither')
   if config.head_kind != model.config.head_kind:
     raise ValueError(f'{folder}: its task_type is {TASKS[config.head_kind]}; the model has another head')
+  check_file(folder)
   path = folder / WEIGHTS
-  if not path.is_file():
-    raise ValueError(f'{folder}: no {WEIGHTS} there; other weight formats are not read: save it with safetensors')
-  try:
-    tensors = safetensors.numpy.load_file(path)
-  except safetensors.SafetensorError as error:
-    raise ValueError(f'{path}: not a whole safetensors file ({error})') from None
+  tensors = safetensors.numpy.load_file(path)
   every = [where for where in lora.kernels(model) if 'experts' not in where.split('/')]
   places = {name: (kernel, leaf, i) for kernel in every for leaf, name, i in _names(model, kernel)}
   found = dict.fromkeys(lora.projection(places[name][0]) for name in tensors if name in places)
   if not found:
-    raise ValueError(f'{path}: no tensor of it belongs to a projection of the model; its first is {min(tensors, default="none")}')
+    raise ValueError(
+        f'{path}: no tensor of it belongs to a projection of the model; its first is {min(tensors, default="none")}'
+    )
   settings = lora.Settings(config.rank, config.alpha, tuple(found), config.rslora)
   adapted = lora.Adapted(model, settings)
   kernels = lora.adapted(model, settings)
@@ -166,8 +188,8 @@ def save(folder: str | os.PathLike, adapted: lora.Adapted, adapters: dict, base:
     if where.split('/')[-2] in ('gate', 'up', 'down') and any(layer.experts for layer in model.config.layers):
       # It takes every target that ends in gate_proj, up_proj or down_proj for the experts, which it holds fused.
       raise ValueError(
-          f'{lora.projection(where)!r} is adapted in a mixture of experts, where PEFT knows attention alone by modules; '
-          'export the merged model (models.hf.save), or leave gate, up and down out of lora.targets'
+          f'{lora.projection(where)!r} is adapted in a mixture of experts, where PEFT knows attention alone by '
+          'modules; export the merged model (models.hf.save), or leave gate, up and down out of lora.targets'
       )
     for leaf, name, i in _names(model, where):
       value = sharding.to_host(_at(adapters, where)[leaf])
@@ -212,7 +234,7 @@ def _head(model):
 
 
 def _modules(model, settings):
-  """Names of the adapted modules as short as they are their own: 'q_proj', or 'mlp.gate_proj' beside another gate_proj."""
+  """Names of the adapted modules, short where they are alone: 'q_proj'; 'mlp.gate_proj' beside another gate_proj."""
   def of(path):
     tensor, _ = hf_names.tensors_of(model.config, path)
     while not isinstance(tensor, str):
@@ -256,4 +278,5 @@ def _check(path, wanted, tensors, head, kernels, rank):
     inputs, outputs = (math.prod(axes) for axes in (kernels[kernel].inputs, kernels[kernel].outputs))
     allowed = (rank, inputs) if leaf == 'lora_a' else (outputs, rank)
     if tensors[name].shape != allowed:
-      raise ValueError(f'{path}: tensor {name} has shape {tensors[name].shape}; the model and r={rank} ask for {allowed}')
+      got = tensors[name].shape
+      raise ValueError(f'{path}: tensor {name} has shape {got}; the model and r={rank} ask for {allowed}')

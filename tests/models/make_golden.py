@@ -20,7 +20,10 @@ from spct_jax.testing import families
 
 GOLDEN = pathlib.Path(__file__).parent / 'golden'
 # Small ones in which the family's own choices are seen: windows, pattern, caps, a scaling of rotary embeddings.
-SEEDS = {'llama': 4, 'mistral': 2, 'qwen2': 6, 'qwen3': 5, 'gemma2': 9, 'gemma3_text': 6, 'mixtral': 0, 'qwen3_moe': 15, 'deepseek_v2': 0}
+SEEDS = {
+    'llama': 4, 'mistral': 2, 'qwen2': 6, 'qwen3': 5, 'gemma2': 9, 'gemma3_text': 6, 'mixtral': 0, 'qwen3_moe': 15,
+    'deepseek_v2': 0,
+}
 LENGTHS, PROMPTS, NEW = np.array([14, 9], np.int32), np.array([3, 11, 7], np.int32), 64
 
 
@@ -35,7 +38,7 @@ def build(family, seed, head_kind):
   # Other implementations leave out the soft cap, or do not take sizes that are odd.
   model = auto.from_config(settings, attn_implementation='eager', experts_implementation='eager').eval()
   for name, parameter in model.named_parameters():
-    parameter.copy_(torch.tensor(families.tensor(name, tuple(parameter.shape), seed)))
+    parameter.copy_(torch.tensor(families.tensor(family, name, tuple(parameter.shape), seed)))
   return model
 
 

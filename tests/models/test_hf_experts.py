@@ -57,7 +57,6 @@ def test_pairs():
 
 @pytest.mark.parametrize('family', CONFIGS)
 def test_there_and_back(family, tmp_path):
-  # Seen to fail: up and down of Mixtral's experts exchanged; the pairs of the latent's key left as they are.
   config = CONFIGS[family]
   params = parameters(config)
   hf.save(tmp_path / 'a', Transformer(config), params)
@@ -70,6 +69,7 @@ def test_there_and_back(family, tmp_path):
 
 def test_tensors_of_the_file(tmp_path):
   """Each kind of tensor against the leaf that it is, written out."""
+  # Seen to fail: up and down of Mixtral's experts exchanged; the rotary pairs left as halves.
   config = CONFIGS['deepseek_v2']
   params = parameters(config)
   hf.save(tmp_path, Transformer(config), params)

@@ -300,8 +300,6 @@ def test_unchanged_weights_are_the_same_bytes(tmp_path, head_kind, dtype):
   """File -> parameters -> file: names, dtypes and bytes; and parameters -> file -> parameters."""
   config = dataclasses.replace(CONFIG, head_kind=head_kind, dtype=dtype, param_dtype=dtype)
   params = parameters(config)
-  if head_kind == 'scalar':
-    params['reward']['bias'][:] = 0  # the file's head has none
   hf.save(tmp_path / 'a', Transformer(config), params, shard_bytes=3000)
   model, loaded = hf.load(tmp_path / 'a', dtype=dtype)
   assert model.config == config
@@ -434,7 +432,7 @@ def test_fields_of_the_source_are_kept_and_what_changed_is_updated(source, tmp_p
   # A reward model made of it: the head changes, and nothing else.
   config = dataclasses.replace(model.config, head_kind='scalar')
   reward = {name: value for name, value in params.items() if name != 'unembed'}
-  reward['reward'] = {'kernel': np.ones((16, 1), np.float32), 'bias': np.zeros(1, np.float32)}
+  reward['reward'] = {'kernel': np.ones((16, 1), np.float32)}
   hf.save(tmp_path / 'out', Transformer(config), reward, source=source)
   fields = read(tmp_path / 'out' / 'config.json')
   assert fields['architectures'] == ['Qwen3ForSequenceClassification'] and fields['initializer_range'] == 0.02

@@ -103,7 +103,8 @@ def numpy_logits(params, tokens, settings):
 
 @pytest.mark.parametrize('q_rank', [None, 7])
 def test_numpy(q_rank):
-  # Seen to fail: rotation of the wrong part; the scale that of the absorbed key; eps the model's; mscale dropped.
+  # Seen to fail: rotation of the wrong part, or of the queries only; the scale that of the absorbed key; the value
+  # taken from the wrong end of the latent; eps the model's; mscale_all_dim dropped.
   settings = config(q_rank)
   model, params = drawn(settings, seed=0)
   tokens = np.random.default_rng(1).integers(0, 23, (2, 12))

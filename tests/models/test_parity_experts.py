@@ -1,4 +1,4 @@
-"""What `transformers` makes of the mixtures' folders beyond `test_parity`: state dicts as it holds them, unread settings."""
+"""The mixtures' folders beyond `test_parity`: state dicts as `transformers` holds them, settings it does not read."""
 
 import json
 
@@ -37,7 +37,9 @@ def test_a_state_dict_as_it_is_held(family, tmp_path):
 def test_settings_of_deepseek_that_transformers_does_not_read(tmp_path):
   """The published code would divide the weights, and leave every second layer dense."""
   fields = families.config('deepseek_v2', 0)
-  plain, other = (reference({**fields, 'norm_topk_prob': norm, 'moe_layer_freq': n}) for norm, n in ((False, 1), (True, 2)))
+  plain, other = (
+      reference({**fields, 'norm_topk_prob': norm, 'moe_layer_freq': every}) for norm, every in ((False, 1), (True, 2))
+  )
   tokens = np.random.default_rng(0).integers(1, 30, (1, 9))
   with torch.no_grad():
     want = other(torch.tensor(tokens)).logits.numpy()

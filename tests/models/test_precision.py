@@ -35,7 +35,7 @@ def test_positions_beyond_256_differ():
 
 
 def test_rewards_are_not_rounded_to_ties():
-  params = {'kernel': jnp.ones((2, 1), jnp.bfloat16), 'bias': jnp.zeros((1,), jnp.bfloat16)}
+  params = {'kernel': jnp.ones((2, 1), jnp.bfloat16)}
   x = jnp.asarray([[100.0, 0.25], [100.0, 0.125]], jnp.bfloat16)
   np.testing.assert_array_equal(np.asarray(reward_head.reward(params, x)), [100.25, 100.125])
 

@@ -22,7 +22,6 @@ LENGTHS = np.array([4, 6, 0], np.int32)
 def case():
   model = Transformer(CONFIG)
   params = model.init(jax.random.key(0))
-  params['reward']['bias'] = params['reward']['bias'] + 0.5
   return model, params
 
 
@@ -35,7 +34,7 @@ def test_reward_of_the_last_real_token(case):
   for b, index in ((0, 3), (1, 5)):
     last = x[b, index]
     last = last / np.sqrt((last**2).mean() + CONFIG.norm_eps)
-    want = last @ np.asarray(params['reward']['kernel'])[:, 0] + 0.5
+    want = last @ np.asarray(params['reward']['kernel'])[:, 0]
     np.testing.assert_allclose(rewards[b], want, atol=1e-5)
 
 

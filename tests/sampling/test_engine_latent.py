@@ -18,7 +18,7 @@ def compiled_quickly():
 
 
 # The engine attends to latents, the learner's pass to the keys and values made from them.
-# Seen to fail: the value taken from the end of the latent; the ring's latent not rotated.
+# Seen to fail: the value taken from the end of the latent.
 def test_logp_is_that_of_the_learner_and_of_eight_devices(latent):
   page = pages.sharding()
   engine = latent.engine(latent.model, rows=3)

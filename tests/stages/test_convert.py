@@ -35,13 +35,13 @@ def config(config):
 def write_stage(path, config, stage, params, trained):
   """A finished stage of a workdir, as far as others look at it."""
   with workdir.open_workdir(path, config) as opened:
-    opened.start(stage, config, ())
+    opened.start(stage, config, named.reads(config, config[stage].init))
     optimizer = optim.make_optimizer(loading.optim_settings(config[stage]))
     one = sharding.make_mesh({'data': 1})
     places = states.state_shardings(trained, optimizer, loading.rules(config.sharding.rules), one)
     with checkpoint.Checkpoints(path / stage / 'checkpoint', keep=1) as saved:
       saved.save(2, states.from_params(params, optimizer, places), {'stage': stage})
-    opened.mark_done(stage, config, ())
+    opened.mark_done(stage, config, named.reads(config, config[stage].init))
 
 
 def page(**fields):

@@ -131,7 +131,6 @@ def test_the_whole_of_it_on_adapters(go, config):
   meta = sharding.to_host(loading.params(config, 'meta_rm', scalar, opened, mesh))
   start = sharding.to_host(loading.params(config, 'base', scalar, opened, mesh))
   assert np.abs(meta['reward']['kernel'] - start['reward']['kernel']).max() > 1e-5
-  np.testing.assert_array_equal(meta['reward']['bias'], start['reward']['bias'])
 
 
 def test_killed_in_grpo_it_ends_in_the_same_bytes(go, config, monkeypatch):

@@ -4,20 +4,24 @@ Folders are written as other software would leave them; stages of other workdirs
 
 Mutations seen to fail here: a folder's weights left out of what a stage depends on; the scalar head of a folder drawn
 fresh; adapters not merged; B of a PEFT folder read as it lies; a base that changed under its adapters let pass; any
-tokenizer taken for the model's; two folders of one name sharing a file.
+tokenizer taken for the model's; two folders of one name sharing a file; a router's dtype taken from the page; paths of
+another workdir followed from here; a whole language model read for a scalar head; truncated weights let pass.
 """
 
+import dataclasses
 import json
 
 import jax
 import numpy as np
 import pytest
+import tokenizers as tokenizers_
 
 from spct_jax import records, sharding, stages
 from spct_jax.judges import meta
-from spct_jax.models import hf
-from spct_jax.stages import checks, loading, meta_rm, named, workdir
-from spct_jax.testing import scripted
+from spct_jax.models import hf, hf_config, hf_slices
+from spct_jax.stages import checks, convert, loading, meta_rm, named, workdir
+from spct_jax.models.transformer import Transformer
+from spct_jax.testing import families, scripted
 from spct_jax.text import tokenizer as tokenizers
 from spct_jax.train import checkpoint, lora, optim, peft, state as states
 
@@ -43,8 +47,6 @@ def tok(config):
 def write(folder, decoder, seed, tokenizer=None):
   """A Hugging Face folder of random weights; returns what `load` gives."""
   params = jax.jit(decoder.init)(jax.random.key(seed))
-  if 'reward' in params:
-    params['reward']['bias'] = params['reward']['bias'] * 0
   hf.save(folder, decoder, params, tokenizer=tokenizer)
   return params
 
@@ -217,12 +219,14 @@ def test_bad_names_are_refused_before_any_work(config, tok, tmp_path):
   (tmp_path / 'bin' / 'pytorch_model.bin').write_text('')
   with workdir.open_workdir(tmp_path / 'w', config):
     pass
-  place = {'sft': 'init', 'sample': 'model', 'rft': 'init', 'grpo': 'reference', 'meta_rm': 'policy', 'evaluate': 'models'}
+  place = {
+      'sft': 'init', 'sample': 'model', 'rft': 'init', 'grpo': 'reference', 'meta_rm': 'policy', 'evaluate': 'models',
+  }  # fmt: skip
   for stage, field in place.items():
     for path, words in {
         'nowhere': 'there is none of this name',
         'empty': 'holds no config.json and no adapter_config.json',
-        'bin': 'no safetensors',
+        'bin': 'holds weights in other formats only',
         'reward': 'is a scalar reward model',
         'w': 'is a workdir; say which of its models',
         'w:rft': "'rft' is not finished in the workdir",
@@ -266,6 +270,9 @@ def test_a_model_of_another_tokenizer_is_refused(config, tok, tmp_path):
     ({'some_option_of_next_year': 1}, 'some_option_of_next_year is 1'),
     ({'init_lora_weights': 'pissa_niter_4'}, 'changes the base model too'),
     ({'peft_type': 'IA3'}, "peft_type is 'IA3'"),
+    ({'lora_alpha': None}, 'lora_alpha is None; allowed is a number'),
+    ({'modules_to_save': 5}, 'modules_to_save is 5; allowed is a list of names or null'),
+    ({'task_type': ['CAUSAL_LM']}, r"task_type is \['CAUSAL_LM'\]; allowed is a name or null"),
     ({'r': 3}, 'and r=3 ask for'),
 ])  # fmt: skip
 def test_what_an_adapter_asks_for_and_is_not_computed_is_refused_by_name(config, tok, tmp_path, fields, words):
@@ -286,7 +293,7 @@ def test_damaged_adapters_are_refused_by_name(config, tok, tmp_path):
   name = sorted(tensors)[0]
   for changed, words in (
       ({k: v for k, v in tensors.items() if k != name}, f'1 missing .{name}.'),
-      (tensors | {'base_model.model.lm_head.lora_A.weight': tensors[name]}, '1 without a place .base_model.model.lm_head'),
+      (tensors | {'base_model.model.lm_head.lora_A.weight': tensors[name]}, '1 without a place .base_model.*lm_head'),
   ):
     peft.safetensors.numpy.save_file(changed, path)
     with pytest.raises(ValueError, match=words):
@@ -298,3 +305,139 @@ def test_damaged_adapters_are_refused_by_name(config, tok, tmp_path):
   adapted, loaded = peft.load(tmp_path / 'adapter', decoder)
   same(sharding.to_host(loaded), adapters)
   assert set(adapted.settings.targets) == set(TARGETS.targets)
+
+
+def test_a_base_that_an_adapter_does_not_name_is_said(config, tok, mesh, tmp_path, capsys):
+  decoder = loading.model(config, tok)
+  write(tmp_path / 'whole', decoder, 1)
+  config.model.path = str(tmp_path / 'whole')
+  for name, told in (('somebody/other', True), ('somebody/whole', False), (str(tmp_path / 'whole'), False)):
+    write_adapter(tmp_path / 'adapter', decoder, 2, name)
+    loading.params(config, str(tmp_path / 'adapter'), decoder, None, mesh)
+    assert ("name the base model 'somebody/other'; they are put on" in capsys.readouterr().out) == told
+    card = convert.card(str(tmp_path / 'adapter'), named.chain(config, str(tmp_path / 'adapter')))
+    assert any('they are put on' in note for note in card.notes) == told
+
+
+def test_adapters_on_themselves_are_refused(config, tok, tmp_path):
+  decoder = loading.model(config, tok)
+  write_adapter(tmp_path / 'adapter', decoder, 2, tmp_path / 'adapter')
+  write(tmp_path / 'whole', decoder, 1)
+  (tmp_path / 'adapter' / 'config.json').write_text((tmp_path / 'whole' / 'config.json').read_text())
+  with pytest.raises(ValueError, match='adapters in .*adapter are, in the end, on themselves'):
+    named.chain(config, str(tmp_path / 'adapter'))
+
+
+def test_a_workdir_s_relative_paths_start_where_it_ran(config, tok, mesh, tmp_path, monkeypatch):
+  (tmp_path / 'here').mkdir()
+  (tmp_path / 'there').mkdir()
+  monkeypatch.chdir(tmp_path / 'here')
+  decoder = loading.model(config, tok)
+  write('base', decoder, 1)
+  config.model.path, config.rft.init = 'base', 'base'
+  write_stage(tmp_path / 'full', config, 'rft', decoder, jax.jit(decoder.init)(jax.random.key(3)))
+  config.rft.lora.rank, config.rft.lora.targets, config.rft.lora.alpha = 2, TARGETS.targets, TARGETS.alpha
+  adapters = write_adapter('unused', decoder, 2, '')
+  write_stage(tmp_path / 'lora', config, 'rft', decoder, adapters, loading.learner(config, 'rft', decoder))
+  name = f'{tmp_path / "lora"}:rft'
+  _, wanted = load(config, name, tok, mesh)
+  monkeypatch.chdir(tmp_path / 'there')
+  write('base', decoder, 7)  # another model of the same relative name
+  assert named.root(config, name).path == str(tmp_path / 'here' / 'base')
+  same(load(config, name, tok, mesh)[1], wanted)
+  # The shape of a model without adapters is in that folder too, and a change of it must be noticed.
+  assert str(tmp_path / 'here' / 'base' / 'config.json') in named.reads(config, f'{tmp_path / "full"}:rft')
+
+
+def test_a_router_keeps_its_dtype_through_training_checkpoints_and_sampling(config, tok, mesh, tmp_path):
+  fields = families.config('deepseek_v2', 3) | {'vocab_size': tok.vocab_size}
+  decoder = Transformer(hf_config.read('config.json', fields, dtype='bfloat16'))
+  single = lambda path, leaf: leaf.astype('float32') if 'router' in str(path) else leaf
+  params = jax.tree_util.tree_map_with_path(single, jax.jit(decoder.init)(jax.random.key(0)))
+  params = jax.tree.map(lambda leaf: leaf * 1.001, params)  # no bfloat16 number
+  keep = lambda layer: dataclasses.replace(
+      layer, experts=layer.experts and dataclasses.replace(layer.experts, router_dtype='float32')
+  )
+  blocks = {name: tuple(map(keep, getattr(decoder.config, name))) for name in ('head', 'period', 'remainder')}
+  hf.save(tmp_path / 'ds', Transformer(dataclasses.replace(decoder.config, **blocks)), params)
+  config.model.path, config.model.param_dtype = str(tmp_path / 'ds'), 'bfloat16'
+  config.model.sampler_dtype = 'bfloat16'
+  decoder = loading.model(config, tok)
+  params = loading.params(config, 'base', decoder, None, mesh)
+  dtypes = lambda tree: {path: str(leaf.dtype) for path, leaf in sharding.leaf_paths(tree)}
+  assert dtypes(decoder.abstract_params()) == dtypes(params)
+  routers = {path for path, dtype in dtypes(params).items() if dtype == 'float32'}
+  assert routers and all('router' in path for path in routers)
+  optimizer = optim.make_optimizer(loading.optim_settings(config.rft))
+  places = states.state_shardings(decoder, optimizer, loading.rules(config.sharding.rules), mesh)
+  state = states.from_params(params, optimizer, places)
+  with checkpoint.Checkpoints(tmp_path / 'c', keep=1) as saved:
+    saved.save(1, state, {})
+    again, _ = saved.restore(states.abstract_state(decoder, optimizer), places, 1)
+  same(sharding.to_host(again), sharding.to_host(state))
+  config.sharding.sampler_rules = config.sharding.rules
+  assert dtypes(loading.sampler_view(config, decoder, mesh, state['params'])[0]) == dtypes(params)
+  # Trained in float32 it is written as it was held in the folder.
+  config.model.param_dtype = 'float32'
+  decoder = loading.model(config, tok)
+  hf.save(tmp_path / 'out', decoder, loading.params(config, 'base', decoder, None, mesh), dtype='bfloat16')
+  with hf.Weights(tmp_path / 'ds') as before, hf.Weights(tmp_path / 'out') as after:
+    assert {n: t.dtype for n, t in before.tensors.items()} == {n: t.dtype for n, t in after.tensors.items()}
+
+
+def test_a_scalar_head_reads_no_output_matrix(config, tok, mesh, tmp_path, monkeypatch):
+  config.model.tied = False
+  lm = loading.model(config, tok)
+  params = write(tmp_path / 'lm', lm, 1)
+  read, fill = [], hf_slices.fill
+  note = lambda weights, names, *rest: read.append(names) or fill(weights, names, *rest)
+  monkeypatch.setattr(hf_slices, 'fill', note)
+  scalar, loaded = load(config, str(tmp_path / 'lm'), tok, mesh, head_kind='scalar')
+  assert 'model.norm.weight' in read and 'lm_head.weight' not in read
+  fresh = sharding.to_host(jax.jit(scalar.init)(jax.random.key(config.seed))['reward'])
+  same(loaded, {**{k: v for k, v in params.items() if k != 'unembed'}, 'reward': fresh})
+
+
+def test_damaged_weights_are_found_before_any_work(config, tok, tmp_path):
+  scalar = loading.model(config, tok, head_kind='scalar')
+  write(tmp_path / 'reward', scalar, 1)
+  config.evaluate.meta = str(tmp_path / 'reward')
+  checks.wants(config, 'evaluate')
+  path = tmp_path / 'reward' / 'model.safetensors'
+  whole = path.read_bytes()
+  path.write_bytes(whole[:-10])
+  with pytest.raises(ValueError, match='^evaluate.meta: .*model.safetensors: .*it is cut off'):
+    checks.wants(config, 'evaluate')
+  path.write_bytes(whole)
+  fields = json.loads((tmp_path / 'reward' / 'config.json').read_text())
+  (tmp_path / 'reward' / 'config.json').write_text(json.dumps(fields | {'intermediate_size': 20}))
+  with pytest.raises(ValueError, match='^evaluate.meta: .*of another shape: model.layers.0.mlp.down_proj.weight'):
+    checks.wants(config, 'evaluate')
+  write_adapter(tmp_path / 'adapter', loading.model(config, tok), 2, '')
+  (tmp_path / 'adapter' / 'adapter_model.safetensors').write_bytes(b'')
+  (tmp_path / 'reward' / 'config.json').write_text(json.dumps(fields))
+  config.rft.init, config.model.path = str(tmp_path / 'adapter'), str(tmp_path / 'reward')
+  with pytest.raises(ValueError, match='^rft.init: .*adapter_model.safetensors: not a whole safetensors file'):
+    checks.wants(config, 'rft')
+
+
+def test_any_form_of_a_folder_s_tokenizer_is_compared(config, tok, tmp_path, capsys):
+  write(tmp_path / 'lm', loading.model(config, tok), 1)
+  letters = sorted(tokenizers_.pre_tokenizers.ByteLevel.alphabet())
+  (tmp_path / 'lm' / 'encoder.json').write_text(json.dumps({x: i for i, x in enumerate([*letters, '<|endoftext|>'])}))
+  loading.model(config, tok, name=str(tmp_path / 'lm'))
+  assert 'is not compared' in capsys.readouterr().out  # half of a tokenizer
+  (tmp_path / 'lm' / 'vocab.bpe').write_text('#version: 0.2\n')
+  loading._tokens.cache_clear()
+  with pytest.raises(ValueError, match='has another tokenizer than'):
+    loading.model(config, tok, name=str(tmp_path / 'lm'))
+
+
+def test_a_rank_above_that_of_the_matrix_loads(config, tok, tmp_path):
+  decoder = loading.model(config, tok)
+  wide = lora.Adapted(decoder, lora.Settings(20, 4.0, ('k',), False))  # k is 16 by 8
+  adapters = jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), wide.abstract_params())
+  peft.save(tmp_path / 'adapter', wide, adapters, 'base')
+  adapted, loaded = peft.load(tmp_path / 'adapter', decoder)
+  assert adapted.settings.rank == 20
+  same(sharding.to_host(loaded), adapters)

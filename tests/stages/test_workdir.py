@@ -346,3 +346,15 @@ def test_two_processes_one_writes_and_both_hear_of_it(tmp_path):
 
 def _environment(root):
   return {**os.environ, 'PYTHONPATH': str(root), 'JAX_PLATFORMS': 'cpu'}
+
+
+def test_what_nobody_computes_with_is_not_hashed(tmp_path):
+  folder = tmp_path / '.cache' / 'model'  # hidden itself, which does not matter
+  (folder / '.git').mkdir(parents=True)
+  (folder / 'model.safetensors').write_bytes(b'1')
+  before = workdir.content(folder)
+  for name in ('README.md', 'LICENSE', 'License.txt', '.git/HEAD', '.gitattributes'):
+    (folder / name).write_text('x')
+  assert workdir.content(folder) == before
+  (folder / 'readme_data.jsonl').write_text('x')
+  assert workdir.content(folder) != before

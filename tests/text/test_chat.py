@@ -81,6 +81,26 @@ def test_no_template_but_a_token_that_opens_every_text():
   assert chat.frame(hf) == ('<|bos|>User:\n', '\n\nAssistant:\n')
 
 
+# Seen to fail: BOS left to the template, and put in front of one that has it.
+@pytest.mark.parametrize('template', [ASKED, "{{ bos_token }}" + ASKED, "{{ '\n' + bos_token }}" + ASKED, None])
+def test_a_token_that_opens_every_text_is_there_once(template):
+  hf = made(template)
+  hf.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+      single='<|bos|> $A', special_tokens=[('<|bos|>', hf.bos_token_id)])
+  tokenizer = tokenizer_lib.wrap(hf)
+  for roles in (('user',), ('system', 'user', 'assistant', 'user')):
+    spans = chat.wrap_messages([Message(role, 'x <|bos|>') for role in roles], tokenizer)
+    assert encode.encode(spans, tokenizer).count(hf.bos_token_id) == 1
+  # The template of the record gives the same prompts, with this tokenizer and by `apply_chat_template`.
+  before, wanted = chat.frame(hf), tokenizer.template
+  hf.chat_template = wanted
+  assert chat.frame(hf) == before and tokenizer_lib.wrap(hf).template == wanted
+  text = hf.apply_chat_template([{'role': 'user', 'content': 'x'}], tokenize=False, add_generation_prompt=True)
+  assert text == 'x'.join(before)
+  # A tokenizer that adds none has none but the template's.
+  assert '<|bos|>' not in chat.frame(made(ASKED))[0]
+
+
 @pytest.mark.parametrize(
     'template, match',
     [

@@ -7,16 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spct_jax import sharding
 from spct_jax.models import hf
-from spct_jax.models.transformer import Transformer
 from spct_jax.train import lora, peft as folders
 
 torch = pytest.importorskip('torch')
 transformers = pytest.importorskip('transformers')
 peft = pytest.importorskip('peft')
 
-MODULES = {'q': 'q_proj', 'k': 'k_proj', 'v': 'v_proj', 'o': 'o_proj', 'gate': 'gate_proj', 'up': 'up_proj', 'down': 'down_proj'}
+MODULES = {name: f'{name}_proj' for name in ('q', 'k', 'v', 'o', 'gate', 'up', 'down')}
 LATENT = {'q_up': 'q_b_proj', 'kv_down': 'kv_a_proj_with_mqa', 'kv_up': 'kv_b_proj', 'o': 'o_proj'}
 MODULES |= LATENT
 CASES = [
@@ -103,7 +101,8 @@ def test_logits_gradients_and_folders(family, head_kind, targets, rank, alpha, r
 
   # Bit for bit: their file -> ours -> a file; and ours, read by PEFT, computes the same.
   folders.save(tmp_path / 'again', adapted, adapters, tmp_path / 'base')
-  first, second = (folders.safetensors.numpy.load_file(tmp_path / name / folders.WEIGHTS) for name in ('adapter', 'again'))
+  read = lambda name: folders.safetensors.numpy.load_file(tmp_path / name / folders.WEIGHTS)
+  first, second = read('adapter'), read('again')
   assert set(first) == set(second)
   for name in first:
     np.testing.assert_array_equal(first[name], second[name])

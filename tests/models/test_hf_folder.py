@@ -137,7 +137,7 @@ from spct_jax.models import hf, hf_names
 theirs, count = hf_names.theirs, []
 def counted(*arguments):
   count.append(1)
-  if len(count) > 30: os.kill(os.getpid(), signal.SIGKILL)
+  if len(count) > 15: os.kill(os.getpid(), signal.SIGKILL)
   return theirs(*arguments)
 hf_names.theirs = counted
 hf.save({str(target)!r}, t.Transformer(t.CONFIG), t.parameters(t.CONFIG, seed=1), shard_bytes=2000)

@@ -105,7 +105,7 @@ def _begin(target):
 
 
 def _check_again(target, partial):
-  """Hours may have passed: `target` must still be what may be replaced. If not, what was written gets a name to find."""
+  """Hours may have passed: `target` must still be what may be replaced. If not, what was written gets another name."""
   try:
     check_target(target)
   except ValueError as error:
@@ -170,7 +170,7 @@ def _clean(target):
 
 
 def _discard(folder):
-  """Removes a folder of ours, as far as that goes: the next call tries again. One that holds more than a model stays."""
+  """Removes a folder as far as that goes; the next call tries again. One that holds more than a model stays."""
   with contextlib.suppress(FileNotFoundError):
     if not _foreign(folder):
       shutil.rmtree(folder, ignore_errors=True)

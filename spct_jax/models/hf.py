@@ -11,7 +11,8 @@ import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Iterator
+import types
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -160,6 +161,7 @@ def save(
     tokenizer: Any = None,
     *,
     dtype: Any = None,
+    dtypes: Mapping[str, Any] = types.MappingProxyType({}),
     shard_bytes: int = SHARD_BYTES,
     source: str | os.PathLike | None = None,
     card: hf_folder.Card = hf_folder.Card(),
@@ -168,7 +170,7 @@ def save(
   """Writes a folder that `load` and `transformers` read; it appears whole, or what was there stays (`hf_folder`).
 
   tokenizer: our `text.tokenizer.Tokenizer`, or a fast one of `transformers`.
-  dtype: of the tensors, by default that of the parameters.
+  dtype: of the tensors, by default that of the parameters. dtypes: of single tensors, by name, where it is another.
   shard_bytes: a file holds so much, or one tensor.
   source: the folder that the model was imported from; fields of its `config.json` and `generation_config.json` that
     still hold are kept, the names under which it holds a tied table, and its tokenizer's files if no `tokenizer` is
@@ -202,7 +204,7 @@ def save(
       hf_tokenizer.write(pathlib.Path(small), config, fields, tokenizer, source, chat_template)
 
     _first_must(prepare)
-    shards = _plan(config, params, dtype, shard_bytes, _table_names(config, source))
+    shards = _plan(config, params, dtype, dtypes, shard_bytes, _table_names(config, source))
     values = lambda shard: (_value(config, params, tensor) for tensor in shard)
     if jax.process_index() > 0:
       for shard in shards:
@@ -270,7 +272,7 @@ def _table_names(config, source) -> list[str]:
   return names[:1]
 
 
-def _plan(config, params, dtype, shard_bytes, table_names) -> list[list[_Planned]]:
+def _plan(config, params, dtype, dtypes, shard_bytes, table_names) -> list[list[_Planned]]:
   """Which tensors go into which file."""
   shards, room = [[]], shard_bytes
   for path, leaf in sharding.leaf_paths(params):
@@ -278,11 +280,12 @@ def _plan(config, params, dtype, shard_bytes, table_names) -> list[list[_Planned
     places = [((), name) for name in table_names] if path == 'embed/table' else _leads(names)
     shape = tuple(hf_names.file_shape(config, path, leaf.shape[_depth(names) :]))
     stored = hf_experts.stored(config, path, dtype)
-    size = int(np.prod(shape)) * stored.itemsize
     for lead, name in places:
+      own = np.dtype(jnp.dtype(dtypes[name])) if name in dtypes else stored
+      size = int(np.prod(shape)) * own.itemsize
       if size > room and shards[-1]:
         shards, room = shards + [[]], shard_bytes
-      shards[-1].append(_Planned(name, path, lead, shape, stored))
+      shards[-1].append(_Planned(name, path, lead, shape, own))
       room -= size
   return shards
 

@@ -156,6 +156,8 @@ def read(where: str, fields: Any, *, dtype: str = 'float32') -> ModelConfig:
     raise ValueError(f'{where}: it holds {_short(fields)}; a model configuration is a table {{"field": value, ...}}')
   try:
     return _read(where, fields, dtype)
+  except ValueError as error:  # what the settings themselves refuse names no file
+    raise error if str(error).startswith(f'{where}: ') else ValueError(f'{where}: {error}') from None
   except (AttributeError, KeyError, IndexError, TypeError, ArithmeticError) as error:
     # Any field can be of any type, and each is used as what it should be.
     raise ValueError(
@@ -181,36 +183,33 @@ def _read(where, fields, dtype) -> ModelConfig:
   heads, width = fields['num_attention_heads'], fields['hidden_size']
   bias = family.attention_bias == 'qkv' or family.attention_bias == 'file' and _given(fields, 'attention_bias', False)
   head, period, num_periods, remainder = group(_blocks(where, name, fields))
-  try:
-    latent = hf_sparse.latent(where, name, fields)
-    if latent is not None:  # its own fields say how large a head is
-      fields = fields | {'num_key_value_heads': heads, 'head_dim': latent.nope + latent.rope}
-    return ModelConfig(
-        vocab_size=fields['vocab_size'],
-        width=width,
-        heads=heads,
-        kv_heads=_given(fields, 'num_key_value_heads', heads),
-        head_dim=_given(fields, 'head_dim', family.absent.get('head_dim', width // heads)),
-        ffn=fields['intermediate_size'],
-        head=head,
-        period=period,
-        num_periods=num_periods,
-        remainder=remainder,
-        tied=_given(fields, 'tie_word_embeddings', False),
-        norm_eps=_given(fields, 'rms_norm_eps', 1e-6),
-        qkv_bias=bias,
-        o_bias=bias and family.attention_bias == 'file',
-        activation=_activation(where, family, fields),
-        head_kind=head_kind,
-        dtype=dtype,
-        param_dtype=dtype,
-        family=name,
-        latent=latent,
-        **family.fixed,
-        **{ours: fields.get(field, default) for field, (ours, default) in family.fields.items()},
-    )
-  except (ValueError, TypeError) as error:
-    raise ValueError(f'{where}: {error}') from None
+  latent = hf_sparse.latent(where, name, fields)
+  if latent is not None:  # its own fields say how large a head is
+    fields = fields | {'num_key_value_heads': heads, 'head_dim': latent.nope + latent.rope}
+  return ModelConfig(
+      vocab_size=fields['vocab_size'],
+      width=width,
+      heads=heads,
+      kv_heads=_given(fields, 'num_key_value_heads', heads),
+      head_dim=_given(fields, 'head_dim', family.absent.get('head_dim', width // heads)),
+      ffn=fields['intermediate_size'],
+      head=head,
+      period=period,
+      num_periods=num_periods,
+      remainder=remainder,
+      tied=_given(fields, 'tie_word_embeddings', False),
+      norm_eps=_given(fields, 'rms_norm_eps', 1e-6),
+      qkv_bias=bias,
+      o_bias=bias and family.attention_bias == 'file',
+      activation=_activation(where, family, fields),
+      head_kind=head_kind,
+      dtype=dtype,
+      param_dtype=dtype,
+      family=name,
+      latent=latent,
+      **family.fixed,
+      **{ours: fields.get(field, default) for field, (ours, default) in family.fields.items()},
+  )
 
 
 _WORDS = {dict: 'table', list: 'list', str: 'name'}

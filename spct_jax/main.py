@@ -266,7 +266,7 @@ def _with_paths(argv: Sequence[str], config: ConfigDict) -> list[str]:
     flag, _, section = name.partition('.')
     node = config[section] if flag in ('--config', '-config') and section in config else None
     if isinstance(node, ConfigDict) and section == 'model' and equals and not value:
-      raise ValueError(f'{word}: the name of the model is empty; give a folder, or leave the flag out for random weights')
+      raise ValueError(f'{word}: the name of the model is empty; give a folder, or no flag for random weights')
     written.append(f'{name}.path{equals}{value}' if isinstance(node, ConfigDict) and 'path' in node else word)
   return written
 

@@ -47,7 +47,7 @@ class Settings:
     if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:
       raise ValueError(f'lora.rank: got {self.rank!r}; allowed: a whole number of at least 1, or 0 for no adapters')
     if not (math.isfinite(self.alpha) and self.alpha > 0):
-      raise ValueError(f'lora.alpha: got {self.alpha!r}; allowed: a positive number; adapters are scaled by alpha / rank')
+      raise ValueError(f'lora.alpha: got {self.alpha!r}; allowed: a positive number (the scale is alpha / rank)')
     if not self.targets or len(set(self.targets)) != len(self.targets):
       raise ValueError(f"lora.targets: got {self.targets}; allowed: one or more distinct names, such as ('q', 'v')")
 

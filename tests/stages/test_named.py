@@ -390,7 +390,8 @@ def test_a_scalar_head_reads_no_output_matrix(config, tok, mesh, tmp_path, monke
   lm = loading.model(config, tok)
   params = write(tmp_path / 'lm', lm, 1)
   read, fill = [], hf_slices.fill
-  monkeypatch.setattr(hf_slices, 'fill', lambda weights, names, *rest: read.append(names) or fill(weights, names, *rest))
+  note = lambda weights, names, *rest: read.append(names) or fill(weights, names, *rest)
+  monkeypatch.setattr(hf_slices, 'fill', note)
   scalar, loaded = load(config, str(tmp_path / 'lm'), tok, mesh, head_kind='scalar')
   assert 'model.norm.weight' in read and 'lm_head.weight' not in read
   fresh = sharding.to_host(jax.jit(scalar.init)(jax.random.key(config.seed))['reward'])
@@ -405,7 +406,7 @@ def test_damaged_weights_are_found_before_any_work(config, tok, tmp_path):
   path = tmp_path / 'reward' / 'model.safetensors'
   whole = path.read_bytes()
   path.write_bytes(whole[:-10])
-  with pytest.raises(ValueError, match='^evaluate.meta: .*model.safetensors: not a whole safetensors file: it is cut off'):
+  with pytest.raises(ValueError, match='^evaluate.meta: .*model.safetensors: .*it is cut off'):
     checks.wants(config, 'evaluate')
   path.write_bytes(whole)
   fields = json.loads((tmp_path / 'reward' / 'config.json').read_text())

@@ -95,6 +95,8 @@ class BlockConfig:
       raise ValueError(f'window: got {self.window}; needs a positive count of tokens, or None for global')
     if not self.rope_theta > 0:
       raise ValueError(f'rope_theta: got {self.rope_theta}; needs a positive base, for example 10000.0')
+    if self.rope_scaling is not None and self.rope_scaling.kind == 'yarn' and not self.rope_theta > 1:
+      raise ValueError(f'rope_theta: got {self.rope_theta}; with yarn needs a base above 1, for example 10000.0')
 
 
 @dataclasses.dataclass(frozen=True)

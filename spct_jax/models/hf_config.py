@@ -4,11 +4,13 @@ A row names the classes, says which choices of the decoder the family makes and 
 the others. What `transformers` reads from a file is the measure, its defaults for absent fields included; fields
 that it does not read for a family mean nothing here either.
 
-A setting that this decoder does not compute is an error, never ignored: a model that loads and is
-slightly wrong is the worst outcome. `write` reads back what it wrote and compares.
+A setting that `transformers` computes for a family and this decoder does not is an error: a model that loads and is
+slightly wrong is the worst outcome. So is one that was surely meant, but is lost on `transformers` by its spelling.
+`write` reads back what it wrote and compares.
 """
 
 import dataclasses
+import math
 from typing import Any
 
 from spct_jax.models import hf_sparse
@@ -152,12 +154,10 @@ def read(where: str, fields: Any, *, dtype: str = 'float32') -> ModelConfig:
 
   What the file leaves out has the default that `transformers` gives it.
   """
-  if not isinstance(fields, dict):
-    raise ValueError(f'{where}: it holds {_short(fields)}; a model configuration is a table {{"field": value, ...}}')
   try:
-    return _read(where, fields, dtype)
-  except ValueError as error:  # what the settings themselves refuse names no file
-    raise error if str(error).startswith(f'{where}: ') else ValueError(f'{where}: {error}') from None
+    return _read(fields, dtype)
+  except ValueError as error:
+    raise ValueError(f'{where}: {error}') from None
   except (AttributeError, KeyError, IndexError, TypeError, ArithmeticError) as error:
     # Any field can be of any type, and each is used as what it should be.
     raise ValueError(
@@ -165,25 +165,31 @@ def read(where: str, fields: Any, *, dtype: str = 'float32') -> ModelConfig:
     ) from error
 
 
-def _read(where, fields, dtype) -> ModelConfig:
-  for field, kind in _KINDS.items():
-    if not isinstance(fields.get(field), (kind, type(None))):
-      raise ValueError(f'{where}: {field} is {_short(fields[field])}; needs a {_WORDS[kind]}, or null')
-  name, head_kind = _architecture(where, fields)
+def _read(fields, dtype) -> ModelConfig:
+  if not isinstance(fields, dict):
+    raise ValueError(f'it holds {_short(fields)}; a model configuration is a table {{"field": value, ...}}')
+  _check(fields, _KINDS)
+  for name in ('quantization_config', 'compression_config'):
+    if fields.get(name):
+      raise ValueError(
+          f'{name} is {_short(fields[name])}; quantised weights are not read. Give the folder of the model as it was '
+          'before, or dequantise it where it was made and save it in bfloat16, without this field'
+      )
+  name, head_kind = _architecture(fields)
   family = FAMILIES[name]
   for field in ('vocab_size', 'hidden_size', 'num_attention_heads', 'intermediate_size', 'num_hidden_layers'):
     if field not in fields:
-      raise ValueError(f'{where}: the field {field!r} is missing; it is no complete model configuration')
+      raise ValueError(f'the field {field!r} is missing; it is no complete model configuration')
     if type(fields[field]) is not int or fields[field] < 1:
-      raise ValueError(f'{where}: {field} is {fields[field]!r}; needs a positive integer')
+      raise ValueError(f'{field} is {fields[field]!r}; needs a positive integer')
   fields = family.absent | fields
-  _require(where, fields, 'use_bidirectional_attention', False)
+  _require(fields, 'use_bidirectional_attention', False)
   if head_kind == 'scalar':
-    _require(where, {'num_labels': _num_labels(fields)}, 'num_labels', 1)
+    _require({'num_labels': _num_labels(fields)}, 'num_labels', 1)
   heads, width = fields['num_attention_heads'], fields['hidden_size']
   bias = family.attention_bias == 'qkv' or family.attention_bias == 'file' and _given(fields, 'attention_bias', False)
-  head, period, num_periods, remainder = group(_blocks(where, name, fields))
-  latent = hf_sparse.latent(where, name, fields)
+  head, period, num_periods, remainder = group(_blocks(name, fields))
+  latent = hf_sparse.latent(name, fields)
   if latent is not None:  # its own fields say how large a head is
     fields = fields | {'num_key_value_heads': heads, 'head_dim': latent.nope + latent.rope}
   return ModelConfig(
@@ -201,7 +207,7 @@ def _read(where, fields, dtype) -> ModelConfig:
       norm_eps=_given(fields, 'rms_norm_eps', 1e-6),
       qkv_bias=bias,
       o_bias=bias and family.attention_bias == 'file',
-      activation=_activation(where, family, fields),
+      activation=_activation(family, fields),
       head_kind=head_kind,
       dtype=dtype,
       param_dtype=dtype,
@@ -212,10 +218,52 @@ def _read(where, fields, dtype) -> ModelConfig:
   )
 
 
-_WORDS = {dict: 'table', list: 'list', str: 'name'}
+def _check(fields, kinds):
+  for words, (fits, names) in kinds.items():
+    for name in names.split():
+      if fields.get(name) is not None and not fits(fields[name]):
+        raise ValueError(f'{name} is {_short(fields[name])}; needs {words}, or null')
+
+
+def _number(value):
+  return type(value) in (int, float) and math.isfinite(value)
+
+
+def _positive(value):
+  return type(value) is int and value > 0
+
+
+# What fields must be that need not be there: in words, a test of it, and the fields.
 _KINDS = {
-    'architectures': list, 'model_type': str, 'rope_scaling': dict, 'rope_parameters': dict, 'layer_types': list,
-}  # fmt: skip
+    'a list': (lambda value: isinstance(value, list), 'architectures layer_types mlp_only_layers'),
+    'a table': (lambda value: isinstance(value, dict), 'rope_scaling rope_parameters id2label'),
+    'a name': (
+        lambda value: isinstance(value, str), 'model_type hidden_act hidden_activation topk_method scoring_func'
+    ),
+    'true or false': (
+        lambda value: isinstance(value, bool),
+        'tie_word_embeddings attention_bias mlp_bias use_sliding_window use_bidirectional_attention norm_topk_prob',
+    ),
+    'a number': (
+        _number,
+        'rms_norm_eps rope_theta rope_local_base_freq query_pre_attn_scalar attn_logit_softcapping '
+        'final_logit_softcapping routed_scaling_factor',
+    ),
+    'a positive whole number': (
+        _positive,
+        'num_key_value_heads head_dim max_position_embeddings original_max_position_embeddings sliding_window_pattern',
+    ),
+    'a whole number from 0 on': (lambda value: type(value) is int and value >= 0, 'max_window_layers num_labels'),
+}
+_ROPE_KINDS = {
+    'a name': (lambda value: isinstance(value, str), 'rope_type type'),
+    'a number': (
+        _number,
+        'rope_theta factor low_freq_factor high_freq_factor beta_fast beta_slow attention_factor mscale mscale_all_dim',
+    ),
+    'a positive whole number': (_positive, 'original_max_position_embeddings'),
+    'true or false': (lambda value: isinstance(value, bool), 'truncate'),
+}
 
 
 def _short(value):
@@ -241,7 +289,7 @@ def group(blocks: tuple[BlockConfig, ...]):
   return blocks[:first], blocks[first : first + size], repeats, blocks[first + repeats * size :]
 
 
-def _architecture(where, fields):
+def _architecture(fields):
   """(model_type, kind of head)."""
   names, model_type = fields.get('architectures'), fields.get('model_type')
   if not names:
@@ -249,30 +297,35 @@ def _architecture(where, fields):
   for name, family in FAMILIES.items():
     if names and names[0] in family.heads and model_type in (None, name):
       return name, family.heads[names[0]]
+  if model_type == 'gemma3':
+    raise ValueError(
+        f'model_type gemma3 ({names[0] if names else None}) reads images too, which this decoder does not; save its '
+        'language model by itself, with its text_config, as gemma3_text'
+    )
   known = (f'{name} ({", ".join(family.heads)})' for name, family in FAMILIES.items())
   raise ValueError(
-      f'{where}: unsupported architecture {names[0] if names else None!r} (model_type {model_type!r}); supported are '
+      f'unsupported architecture {names[0] if names else None!r} (model_type {model_type!r}); supported are '
       + ', '.join(known)
   )
 
 
-def _blocks(where, name, fields):
-  windows = WINDOWS[FAMILIES[name].windows](where, fields)
+def _blocks(name, fields):
+  windows = WINDOWS[FAMILIES[name].windows](fields)
   wrong = [window for window in windows if window is not None and (type(window) is not int or window < 1)]
   if wrong:
-    raise ValueError(f'{where}: sliding_window is {_short(wrong[0])}; needs a positive whole number, or null')
-  ropes = ROPES[FAMILIES[name].rope](where, fields)
-  experts = hf_sparse.experts(where, name, fields)
+    raise ValueError(f'sliding_window is {_short(wrong[0])}; needs a positive whole number, or null')
+  ropes = ROPES[FAMILIES[name].rope](fields)
+  experts = hf_sparse.experts(name, fields)
   return tuple(
       BlockConfig(window, *ropes[FULL if window is None else SLIDING], some) for window, some in zip(windows, experts)
   )
 
 
-def _activation(where, family, fields):
+def _activation(family, fields):
   name, default = family.activation
   got = _given(fields, name, default)
   if got not in ACTIVATIONS:
-    raise ValueError(f'{where}: {name} is {got!r}; this decoder computes {", ".join(ACTIVATIONS)}')
+    raise ValueError(f'{name} is {got!r}; this decoder computes {", ".join(ACTIVATIONS)}')
   return ACTIVATIONS[got]
 
 
@@ -280,10 +333,10 @@ def _given(fields, name, default):
   return default if fields.get(name) is None else fields[name]
 
 
-def _require(where, fields, name, allowed):
+def _require(fields, name, allowed):
   got = _given(fields, name, allowed)
   if got != allowed:
-    raise ValueError(f'{where}: {name} is {got!r}; this decoder computes {name}={allowed!r} only')
+    raise ValueError(f'{name} is {got!r}; this decoder computes {name}={allowed!r} only')
 
 
 def _num_labels(fields):
@@ -293,51 +346,53 @@ def _num_labels(fields):
 # --- windows: one per layer, None = global
 
 
-def _no_windows(where, fields):
+def _no_windows(fields):
   return [None] * fields['num_hidden_layers']
 
 
-def _same_windows(where, fields):
+def _same_windows(fields):
   return [fields['sliding_window']] * fields['num_hidden_layers']
 
 
-def _all_windows(where, fields):
+def _all_windows(fields):
   """Qwen 3's mixtures: a switch, and then every layer is local."""
   window = fields['sliding_window'] if _given(fields, 'use_sliding_window', False) else None
   return [window] * fields['num_hidden_layers']
 
 
-def _switched_windows(where, fields):
+def _switched_windows(fields):
   """Qwen: a switch, and without types local layers from `max_window_layers` on."""
   window = fields['sliding_window'] if _given(fields, 'use_sliding_window', False) else None
   full = fields['num_hidden_layers'] if window is None else _given(fields, 'max_window_layers', 28)
   types = [FULL if i < full else SLIDING for i in range(fields['num_hidden_layers'])]
-  return _windows_of_types(where, fields, types, window)
+  return _windows_of_types(fields, types, window)
 
 
-def _alternating_windows(where, fields):
+def _alternating_windows(fields):
   """Gemma 2: without types, every second layer is global."""
-  return _pattern_windows(where, fields | {'sliding_window_pattern': 2})
+  return _pattern_windows(fields | {'sliding_window_pattern': 2})
 
 
-def _pattern_windows(where, fields):
+def _pattern_windows(fields):
   """Gemma 3: without types, every `sliding_window_pattern`-th layer is global."""
   every = fields['sliding_window_pattern']
-  types = [SLIDING if (i + 1) % every else FULL for i in range(fields['num_hidden_layers'])]
-  return _windows_of_types(where, fields, types, fields['sliding_window'])
+  if every is None and fields.get('layer_types') is None:
+    raise ValueError('sliding_window_pattern is null; needs a positive whole number, or layer_types in its place')
+  types = [SLIDING if every and (i + 1) % every else FULL for i in range(fields['num_hidden_layers'])]
+  return _windows_of_types(fields, types, fields['sliding_window'])
 
 
-def _windows_of_types(where, fields, default, window):
+def _windows_of_types(fields, default, window):
   types, layers = _given(fields, 'layer_types', default), fields['num_hidden_layers']
   unknown = sorted(set(types) - {FULL, SLIDING})
   if unknown or len(types) != layers:
     raise ValueError(
-        f'{where}: layer_types has {len(types)} entries for {layers} layers, unknown kinds {unknown}; the kinds '
+        f'layer_types has {len(types)} entries for {layers} layers, unknown kinds {unknown}; the kinds '
         f'are {FULL} and {SLIDING}'
     )
   if window is None and SLIDING in types:
     raise ValueError(
-        f'{where}: layer_types has {SLIDING} layers, but sliding_window is off; give both (and use_sliding_window '
+        f'layer_types has {SLIDING} layers, but sliding_window is off; give both (and use_sliding_window '
         'where the family has it) or neither'
     )
   return [window if kind == SLIDING else None for kind in types]
@@ -352,12 +407,12 @@ WINDOWS = {
 # --- rotary embeddings: {kind of layer: (theta, scaling)}
 
 
-def _one_rope(where, fields):
+def _one_rope(fields):
   found = fields.get('rope_scaling') or fields.get('rope_parameters') or {}
   nested = sorted(name for name, value in found.items() if isinstance(value, dict))
   if nested:
     raise ValueError(
-        f'{where}: rope_parameters differ by layer type ({", ".join(nested)}); this family has one setting for all '
+        f'rope_parameters differ by layer type ({", ".join(nested)}); this family has one setting for all '
         'layers'
     )
   theta = _given(found, 'rope_theta', _given(fields, 'rope_theta', 10000.0))
@@ -365,21 +420,32 @@ def _one_rope(where, fields):
   original = fields.get('original_max_position_embeddings')
   if original is not None:
     found = found | {'original_max_position_embeddings': original}
-  rope = theta, _scaling(where, fields, found, found.get('truncate', True))
+  rope = theta, _scaling(fields, found, found.get('truncate', True))
   return {FULL: rope, SLIDING: rope}
 
 
-def _ropes_by_type(where, fields):
+def _ropes_by_type(fields):
   """Gemma 3: nested by layer type, or older: scaling and `rope_theta` global, `rope_local_base_freq` local."""
   found = fields.get('rope_parameters') or {}
-  full = (found.get(FULL) or {}) | (fields.get('rope_scaling') or {})
+  older = fields.get('rope_scaling') or {}
+  if older.get('type', 'default') != 'default' and older.get('rope_type') is None:
+    # It puts them upon a table that says `rope_type` default already, and computes no scaling.
+    raise ValueError(
+        f"rope_scaling is {_short(older)}; for this family `transformers` reads 'rope_type' only, and nothing of "
+        "'type'. Write 'rope_type' in its place, or take rope_scaling out if the model was trained without"
+    )
+  for kind in (FULL, SLIDING):
+    if not isinstance(found.get(kind), (dict, type(None))):
+      raise ValueError(f'{kind} of rope_parameters is {_short(found[kind])}; needs a table, or null')
+  _check(found, _ROPE_KINDS)
+  full = (found.get(FULL) or {}) | older
   local = found.get(SLIDING) or {}
   out = {}
   for kind, inner, outer, default in (
       (FULL, full, 'rope_theta', 1000000.0), (SLIDING, local, 'rope_local_base_freq', 10000.0)
   ):
     # `transformers` looks for `truncate` beside the layer types, not in them.
-    scaling = _scaling(where, fields, inner, found.get('truncate', True))
+    scaling = _scaling(fields, inner, found.get('truncate', True))
     out[kind] = _given(inner, 'rope_theta', _given(fields, outer, default)), scaling
   return out
 
@@ -387,37 +453,35 @@ def _ropes_by_type(where, fields):
 ROPES = {'one': _one_rope, 'by type': _ropes_by_type}
 
 
-def _scaling(where, fields, found, truncate) -> RopeScaling | None:
+def _scaling(fields, found, truncate) -> RopeScaling | None:
+  _check(found, _ROPE_KINDS)
   kind = _given(found, 'rope_type', _given(found, 'type', 'default'))
-  _require(where, {**fields, **found}, 'partial_rotary_factor', 1.0)
+  _require({**fields, **found}, 'partial_rotary_factor', 1.0)
   need = {
       'default': (), 'linear': ('factor',), 'llama3': ('factor', 'low_freq_factor', 'high_freq_factor'),
       'yarn': (),
   }
   if kind not in need:
-    raise ValueError(f'{where}: rotary scaling {kind!r} is not supported; supported are {", ".join(need)}')
+    raise ValueError(f'rotary scaling {kind!r} is not supported; supported are {", ".join(need)}')
   missing = [name for name in need[kind] if found.get(name) is None]
   if missing:
-    raise ValueError(f'{where}: rotary scaling {kind} lacks {", ".join(missing)}')
+    raise ValueError(f'rotary scaling {kind} lacks {", ".join(missing)}')
   original = _given(found, 'original_max_position_embeddings', fields['max_position_embeddings'])
-  try:
-    if kind == 'linear':
-      return LinearScaling(found['factor'])
-    if kind == 'llama3':
-      return Llama3Scaling(found['factor'], found['low_freq_factor'], found['high_freq_factor'], original)
-    if kind == 'yarn':
-      return YarnScaling(
-          factor=_given(found, 'factor', fields['max_position_embeddings'] / original),
-          original_length=original,
-          beta_fast=found.get('beta_fast') or 32,
-          beta_slow=found.get('beta_slow') or 1,
-          attention_factor=found.get('attention_factor'),
-          mscale=found.get('mscale'),
-          mscale_all_dim=found.get('mscale_all_dim'),
-          truncate=bool(truncate),
-      )
-  except (ValueError, TypeError) as error:
-    raise ValueError(f'{where}: {error}') from None
+  if kind == 'linear':
+    return LinearScaling(found['factor'])
+  if kind == 'llama3':
+    return Llama3Scaling(found['factor'], found['low_freq_factor'], found['high_freq_factor'], original)
+  if kind == 'yarn':
+    return YarnScaling(
+        factor=_given(found, 'factor', fields['max_position_embeddings'] / original),
+        original_length=original,
+        beta_fast=found.get('beta_fast') or 32,
+        beta_slow=found.get('beta_slow') or 1,
+        attention_factor=found.get('attention_factor'),
+        mscale=found.get('mscale'),
+        mscale_all_dim=found.get('mscale_all_dim'),
+        truncate=bool(truncate),
+    )
   return None
 
 

@@ -8,7 +8,8 @@ period) is made of E (P lists of E) tensors, and whoever holds a few experts rea
    read too: a part of a fused tensor is a range of bytes like any tensor.
 2. DeepSeek's rotary pairs lie side by side in the file, (2i, 2i + 1); ours are halves, (i, i + n / 2). The rows that
    make them move on the way in and back on the way out.
-3. `transformers` keeps the router of DeepSeek-V2 in float32 if the file has it so, in a bfloat16 model too; so do we.
+3. `transformers` keeps the router of DeepSeek-V2 in float32 where the file has another dtype than the model, in a
+   bfloat16 model too; so do we.
 """
 
 import dataclasses
@@ -120,7 +121,8 @@ def with_routers(config: ModelConfig, tensors: dict[str, Tensor]) -> ModelConfig
       for i, layer in enumerate(config.layers) if layer.experts is not None
       for name in [f'model.layers.{i}.{_ROUTER}'] if name in tensors and tensors[name].dtype in DTYPES
   }
-  if 'float32' not in found:
+  # A model of 16 bits is read into another of 16 bits with its routers in float32.
+  if 'float32' not in found and (config.param_dtype == 'float32' or found <= {config.param_dtype}):
     return config
 
   def routed(layer):

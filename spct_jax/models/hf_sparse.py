@@ -3,7 +3,7 @@
 | model_type | experts are in | weights of the chosen |
 |---|---|---|
 | mixtral     | every layer | divided by their sum |
-| qwen3_moe   | every `decoder_sparse_step`-th layer that is not among `mlp_only_layers` | divided with `norm_topk_prob` |
+| qwen3_moe   | every `decoder_sparse_step`-th layer that is not among `mlp_only_layers` | divided if `norm_topk_prob` |
 | deepseek_v2 | every layer from `first_k_dense_replace` on | times `routed_scaling_factor` |
 
 Where `transformers` and DeepSeek's published code differ, this is what `transformers` computes:
@@ -19,11 +19,10 @@ from typing import Any
 from spct_jax.models.config import Experts, Latent, ModelConfig
 
 
-def _mixtral(where, fields):
-  experts = _made(
-      where, Experts,
-      count=_count(where, fields, 'num_experts', 'num_local_experts'),
-      top_k=_count(where, fields, 'num_experts_per_tok'),
+def _mixtral(fields):
+  experts = Experts(
+      count=_count(fields, 'num_experts', 'num_local_experts'),
+      top_k=_count(fields, 'num_experts_per_tok'),
       ffn=fields['intermediate_size'],
       renormalise=True,
   )
@@ -34,18 +33,19 @@ def _mixtral_fields(config, experts, sparse):
   return {'num_local_experts': experts.count, 'num_experts_per_tok': experts.top_k}
 
 
-def _qwen3(where, fields):
+def _qwen3(fields):
   step, dense = fields['decoder_sparse_step'], fields.get('mlp_only_layers') or ()
+  if not all(type(i) is int for i in dense):
+    raise ValueError(f'mlp_only_layers is {dense!r}; needs a list of numbers of layers')
   if type(step) is not int or step < 1:
-    raise ValueError(f'{where}: decoder_sparse_step is {step!r}; needs a positive integer')
+    raise ValueError(f'decoder_sparse_step is {step!r}; needs a positive integer')
   sparse = [i not in dense and (i + 1) % step == 0 for i in range(fields['num_hidden_layers'])]
   if not any(sparse):
     return [None] * len(sparse)
-  experts = _made(
-      where, Experts,
-      count=_count(where, fields, 'num_local_experts', 'num_experts'),
-      top_k=_count(where, fields, 'num_experts_per_tok'),
-      ffn=_count(where, fields, 'moe_intermediate_size'),
+  experts = Experts(
+      count=_count(fields, 'num_local_experts', 'num_experts'),
+      top_k=_count(fields, 'num_experts_per_tok'),
+      ffn=_count(fields, 'moe_intermediate_size'),
       renormalise=bool(fields.get('norm_topk_prob')),
   )
   return [experts if there else None for there in sparse]
@@ -62,28 +62,29 @@ def _qwen3_fields(config, experts, sparse):
   }
 
 
-def _deepseek(where, fields):
+def _deepseek(fields):
   layers, dense = fields['num_hidden_layers'], fields['first_k_dense_replace']
   if type(dense) is not int or dense < 0:
-    raise ValueError(f'{where}: first_k_dense_replace is {dense!r}; needs a number of layers')
+    raise ValueError(f'first_k_dense_replace is {dense!r}; needs a number of layers')
   if dense >= layers:
     return [None] * layers
   if fields.get('scoring_func', 'softmax') != 'softmax':
-    raise ValueError(f'{where}: scoring_func is {fields["scoring_func"]!r}; this decoder computes softmax only')
+    raise ValueError(f'scoring_func is {fields["scoring_func"]!r}; this decoder computes softmax only')
   methods = ('greedy', 'group_limited_greedy')
   if fields['topk_method'] not in methods:
-    raise ValueError(f'{where}: topk_method is {fields["topk_method"]!r}; supported are {", ".join(methods)}')
+    raise ValueError(f'topk_method is {fields["topk_method"]!r}; supported are {", ".join(methods)}')
+  if fields['routed_scaling_factor'] is None:
+    raise ValueError('routed_scaling_factor is null; needs a number, 1.0 for none')
   limited = fields['topk_method'] == 'group_limited_greedy'
-  ffn = _count(where, fields, 'moe_intermediate_size')
-  experts = _made(
-      where, Experts,
-      count=_count(where, fields, 'num_experts', 'n_routed_experts'),
-      top_k=_count(where, fields, 'num_experts_per_tok'),
+  ffn = _count(fields, 'moe_intermediate_size')
+  experts = Experts(
+      count=_count(fields, 'num_experts', 'n_routed_experts'),
+      top_k=_count(fields, 'num_experts_per_tok'),
       ffn=ffn,
-      shared_ffn=ffn * _count(where, fields, 'n_shared_experts'),
+      shared_ffn=ffn * _count(fields, 'n_shared_experts'),
       scale=fields['routed_scaling_factor'],
-      groups=_count(where, fields, 'n_group') if limited else 1,
-      top_groups=_count(where, fields, 'topk_group') if limited else 1,
+      groups=_count(fields, 'n_group') if limited else 1,
+      top_groups=_count(fields, 'topk_group') if limited else 1,
   )
   return [None] * dense + [experts] * (layers - dense)
 
@@ -118,32 +119,32 @@ KINDS = {
 }
 
 
-def experts(where: str, model_type: str, fields: dict[str, Any]) -> list[Experts | None]:
+def experts(model_type: str, fields: dict[str, Any]) -> list[Experts | None]:
   """The experts of each layer; ValueError for settings that this decoder does not compute."""
   if model_type not in KINDS:
     return [None] * fields['num_hidden_layers']
-  return KINDS[model_type][0](where, fields)
+  return KINDS[model_type][0](fields)
 
 
-def latent(where: str, model_type: str, fields: dict[str, Any]) -> Latent | None:
+def latent(model_type: str, fields: dict[str, Any]) -> Latent | None:
   """The latent attention of the family that has it."""
   if model_type != 'deepseek_v2':
     return None
   if fields.get('num_key_value_heads') not in (None, fields['num_attention_heads']):
     raise ValueError(
-        f'{where}: num_key_value_heads is {fields["num_key_value_heads"]}; with latent attention every head has its '
+        f'num_key_value_heads is {fields["num_key_value_heads"]}; with latent attention every head has its '
         f'own key, so it is num_attention_heads, {fields["num_attention_heads"]}'
     )
-  rope = fields.get('rope_parameters') or fields.get('rope_scaling') or {}
-  if rope.get('mscale_all_dim') and rope.get('rope_type', rope.get('type')) not in ('yarn', 'default'):
-    raise ValueError(f'{where}: mscale_all_dim with rotary scaling other than yarn is not supported')
-  return _made(
-      where, Latent,
-      rank=_count(where, fields, 'kv_lora_rank'),
-      nope=_count(where, fields, 'qk_nope_head_dim'),
-      rope=_count(where, fields, 'qk_rope_head_dim'),
-      value=_count(where, fields, 'v_head_dim'),
-      q_rank=None if fields['q_lora_rank'] is None else _count(where, fields, 'q_lora_rank'),
+  rope = fields.get('rope_scaling') or fields.get('rope_parameters') or {}
+  kind = rope.get('rope_type') or rope.get('type') or 'default'
+  if rope.get('mscale_all_dim') and kind not in ('yarn', 'default'):
+    raise ValueError('mscale_all_dim with rotary scaling other than yarn is not supported')
+  return Latent(
+      rank=_count(fields, 'kv_lora_rank'),
+      nope=_count(fields, 'qk_nope_head_dim'),
+      rope=_count(fields, 'qk_rope_head_dim'),
+      value=_count(fields, 'v_head_dim'),
+      q_rank=None if fields['q_lora_rank'] is None else _count(fields, 'q_lora_rank'),
   )
 
 
@@ -158,22 +159,15 @@ def written(model_type: str, config: ModelConfig) -> dict[str, Any]:
   return KINDS[model_type][1](config, one, sparse)
 
 
-def _made(where, cls, **settings):
-  try:
-    return cls(**settings)
-  except (ValueError, TypeError) as error:
-    raise ValueError(f'{where}: {error}') from None
-
-
-def _count(where, fields, *names):
+def _count(fields, *names):
   """The first of the fields that is there, which must be a positive integer.
 
   Where a file has two names of the number of experts, the first is the one that `transformers` takes.
   """
   found = [name for name in names if fields.get(name) is not None]
   if not found:
-    raise ValueError(f'{where}: the field {names[0]!r} is missing; this family needs it')
+    raise ValueError(f'the field {names[0]!r} is missing; this family needs it')
   value = fields[found[0]]
   if type(value) is not int or value < 1:
-    raise ValueError(f'{where}: {found[0]} is {value!r}; needs a positive integer')
+    raise ValueError(f'{found[0]} is {value!r}; needs a positive integer')
   return value

@@ -33,6 +33,7 @@ from spct_jax.models.primitives import RMSNorm
 
 Array = jax.Array | np.ndarray
 
+
 @dataclasses.dataclass(frozen=True)
 class Transformer:
   """A decoder: hashable settings, no state. Parameters go in and come out explicitly."""
@@ -240,27 +241,35 @@ class Transformer:
   ):
     """Logits float32[B, T, V], or rewards float32[B] with a scalar head; with a cache, `(that, new cache)`.
 
-    tokens: right-padded.
+    tokens: right-padded, or with `segments` on any side.
     lengths: real tokens per row (None: all are); padding never reaches a real position.
     positions: for rotary embedding and windows; by default the index, counted from the start of the
       segment or on from the cached tokens.
     segments: several sequences in one row, numbered from 1, 0 = padding; attention stays within a
-      segment. Where a segment is not contiguous, give positions.
+      segment. Where a segment is not contiguous, give positions. A scalar head takes one sequence per row, so that
+      padding may be on any side; a row of several is NaN, or a ValueError outside of jit.
     cache: from `init_cache` or a previous call; it keeps only real tokens.
     """
     params = variables['params']
-    if segments is not None and (cache is not None or self.config.head_kind == 'scalar'):
+    if segments is not None and cache is not None:
       raise ValueError(
-          'segments: got several sequences per row together with a cache or a scalar head, which know one '
-          'sequence per row; give each sequence its own row and its `lengths`'
+          'segments: got them together with a cache, which knows one sequence per row, padded on the right; give each '
+          'sequence its own row and its `lengths`'
       )
+    if segments is not None and self.config.head_kind == 'scalar':
+      _check_alone(segments)
     if cache is None:
       x = self.hidden(params, tokens, lengths, positions, segments)
     else:
       x, cache = self.hidden_cached(params, tokens, lengths, positions, cache)
     if self.config.head_kind == 'scalar':
-      lengths = jnp.full((tokens.shape[0],), tokens.shape[1]) if lengths is None else lengths
-      out = self.rewards(params, x, lengths)
+      ends = jnp.full((tokens.shape[0],), tokens.shape[1]) if lengths is None else lengths
+      if segments is not None:
+        places = jnp.arange(1, tokens.shape[1] + 1)[None, :]
+        ends = jnp.where((segments > 0) & (places <= ends[:, None]), places, 0).max(axis=1)
+      out = self.rewards(params, x, ends)
+      if segments is not None:
+        out = jnp.where(segments.max(axis=1) > 1, jnp.nan, out)
     else:
       out = self.unembed(params, x)
     return out if cache is None else (out, cache)
@@ -273,6 +282,14 @@ def _real(tokens, lengths, segments):
   if segments is not None:
     tokens = jnp.where(segments > 0, tokens, 0)
   return tokens
+
+
+def _check_alone(segments):
+  if not isinstance(segments, jax.core.Tracer) and (most := int(segments.max())) > 1:
+    raise ValueError(
+        f'segments: got {most} sequences in a row for a scalar head, which gives a row one number; give each sequence '
+        'its own row'
+    )
 
 
 def _check_room(held, lengths, S):

@@ -19,7 +19,7 @@ def reference(fields, dtype=torch.float32):
   model = transformers.AutoModelForCausalLM.from_config(settings, experts_implementation='eager', dtype=dtype).eval()
   with torch.no_grad():
     for name, parameter in model.named_parameters():
-      parameter.copy_(torch.tensor(families.tensor(name, tuple(parameter.shape), 0)))
+      parameter.copy_(torch.tensor(families.tensor(settings.model_type, name, tuple(parameter.shape), 0)))
   return model
 
 

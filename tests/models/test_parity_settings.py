@@ -2,10 +2,11 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
-from spct_jax.models import hf_config, rope
+from spct_jax.models import hf, hf_config, rope
 
 torch = pytest.importorskip('torch')
 transformers = pytest.importorskip('transformers')
@@ -103,3 +104,33 @@ def test_defaults_of_absent_fields(family):
   full = json.loads(theirs.to_json_string(use_diff=False))
   assert hf_config.read('full', full) == ours
   assert ours.tied == theirs.tie_word_embeddings and ours.kv_heads == theirs.num_key_value_heads
+
+
+LONG = dict(original_max_position_embeddings=8192, rope_theta=500000.0)
+FAR = {
+    'plain': dict(rope_type='default', rope_theta=1e6),
+    'linear': dict(rope_type='linear', factor=3.0, rope_theta=10000.0),
+    'llama3': dict(LLAMA3, **LONG),
+    'yarn': dict(YARN, **LONG),
+}
+
+
+@pytest.mark.parametrize('name', FAR)
+def test_logits_at_far_positions(name, tmp_path):
+  # Seen to fail: frequencies computed in float64 and rounded once.
+  fields = {**SIZES, 'num_hidden_layers': 2, 'head_dim': 64, 'max_position_embeddings': 131072}
+  torch.manual_seed(0)
+  reference = transformers.LlamaForCausalLM(transformers.LlamaConfig(**fields, rope_parameters=FAR[name])).eval()
+  with torch.no_grad():
+    for parameter in reference.parameters():
+      parameter.mul_(10.0 if parameter.ndim > 1 else 1.0)  # so that attention chooses
+  reference.save_pretrained(tmp_path)
+  model, params = hf.load(tmp_path)
+  run = jax.jit(lambda tokens, positions: model.apply({'params': params}, tokens, positions=positions))
+  tokens = np.random.default_rng(0).integers(0, 19, (1, 24))
+  for first in (0, 30000, 120000):
+    positions = np.arange(24)[None, :] + first
+    with torch.no_grad():
+      want = reference(torch.tensor(tokens), position_ids=torch.tensor(positions)).logits.numpy()
+    got = np.asarray(run(tokens.astype(np.int32), positions.astype(np.int32)))
+    assert np.abs(got - want).max() <= 1e-4 * np.abs(want).max(), first

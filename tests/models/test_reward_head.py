@@ -69,10 +69,30 @@ def test_bfloat16_model_gives_float32_rewards(case):
   assert half.apply({'params': params}, TOKENS, LENGTHS).dtype == np.float32
 
 
-def test_segments_are_refused(case):
+def test_padding_on_any_side(case):
+  # Seen to fail: the last place of the row; the number of real tokens as their last place; `lengths` ignored.
   model, params = case
-  with pytest.raises(ValueError, match='sequence per row'):
-    model.apply({'params': params}, TOKENS, segments=np.ones_like(TOKENS))
+  segments = np.array([[0, 0, 1, 1, 1, 1], [0, 1, 1, 1, 0, 0], [0, 0, 0, 0, 0, 0]], np.int32)
+  apply = jax.jit(model.apply)
+  got = apply({'params': params}, TOKENS, segments=segments)
+  for b, real in ((0, slice(2, 6)), (1, slice(1, 4))):
+    np.testing.assert_allclose(got[b], model.apply({'params': params}, TOKENS[b : b + 1, real])[0], atol=1e-5)
+  assert np.isfinite(got[2])
+  shorter = model.apply({'params': params}, TOKENS, np.array([5, 6, 6]), segments=segments)
+  np.testing.assert_allclose(shorter[0], model.apply({'params': params}, TOKENS[:1, 2:5])[0], atol=1e-5)
+  np.testing.assert_allclose(shorter[1], got[1], atol=1e-5)
+
+
+def test_several_sequences_in_a_row_are_refused(case):
+  model, params = case
+  segments = np.array([[1, 1, 2, 2, 2, 2], [0, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]], np.int32)
+  with pytest.raises(ValueError, match='segments: got 2 sequences in a row for a scalar head'):
+    model.apply({'params': params}, TOKENS, segments=segments)
+  # Under jit nothing can be raised.
+  got = jax.jit(model.apply)({'params': params}, TOKENS, segments=segments)
+  assert np.isnan(got).tolist() == [True, False, False]
+  with pytest.raises(ValueError, match='together with a cache'):
+    model.apply({'params': params}, TOKENS, segments=segments, cache=model.init_cache(3, 6))
 
 
 def test_last_token_of_six():

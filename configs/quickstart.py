@@ -94,7 +94,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.judge.reference_answer = False  # put an item's reference answer into the prompt
   config.judge.buckets = (50,) if smoke else (32, 50)  # prompt lengths in tokens; the last is the limit; each is compiled
   config.judge.max_new_tokens = 78  # T
-  config.judge.chunk_prompts = 16 if smoke else 128  # prompt slots (U) of one engine call
+  config.judge.chunk_prompts = 16 if smoke else 128  # distinct prompts (U) of one engine call
   config.judge.chunk_tasks = 32 if smoke else 512  # samples (Q) of one engine call
   config.judge.rows = 16 if smoke else 128  # rows (R) that decode together; finished rows are refilled
 

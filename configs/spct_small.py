@@ -90,7 +90,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.judge.reference_answer = False  # put an item's reference answer into the prompt
   config.judge.buckets = prompt  # prompt lengths in tokens; the last is the limit
   config.judge.max_new_tokens = answer  # T
-  config.judge.chunk_prompts = 8 if smoke else 16  # prompt slots (U) of one engine call
+  config.judge.chunk_prompts = 8 if smoke else 16  # distinct prompts (U) of one engine call
   config.judge.chunk_tasks = 24 if smoke else 64  # samples (Q) of one engine call
   config.judge.rows = 8 if smoke else 32  # rows (R) that decode together; finished rows are refilled
 

@@ -10,7 +10,7 @@ import pytest
 
 from spct_jax import sharding
 from spct_jax.models import kv_cache, unrolled
-from spct_jax.stages import loading
+from spct_jax.stages import loading, samplers
 from spct_jax.text import tokenizer
 from spct_jax.train import optim, state as states
 
@@ -49,7 +49,7 @@ def test_no_large_cache_leaf_is_replicated(arg):
   config = spct_small.get_config(arg)
   mesh = sharding.make_mesh({'data': 2, 'fsdp': 2, 'tensor': 2})
   tok = tokenizer.load(config.tokenizer.path)
-  engine = loading.engine(config, loading.model(config, tok), tok, mesh, 'sample')
+  engine = samplers.engine(config, loading.model(config, tok), tok, mesh, 'sample')
   layouts = engine.cache_shardings(config.judge.chunk_prompts, config.judge.buckets[-1])
   for name, length in (('prompt', config.judge.buckets[-1]), ('rows', config.judge.max_new_tokens)):
     shapes = jax.eval_shape(lambda n=length: kv_cache.init(unrolled.model(engine.model).config, 8, n))

@@ -9,7 +9,10 @@ import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Iterator
+import shutil
+import tempfile
+import types
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -18,7 +21,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from spct_jax import sharding
-from spct_jax.models import hf_config, hf_experts, hf_files, hf_folder, hf_names, hf_slices
+from spct_jax.models import hf_config, hf_experts, hf_files, hf_folder, hf_names, hf_slices, hf_tokenizer
 from spct_jax.models.config import DTYPES, ModelConfig
 from spct_jax.models.hf_files import Weights, listing
 from spct_jax.models.transformer import Transformer
@@ -77,6 +80,7 @@ def load(
     else:
       places = sharding.tree_shardings(abstract, rules, mesh)
     check(weights, settings, abstract)
+    _check_tied(weights, settings, mesh)
     abstract, places = ({k: v for k, v in tree.items() if k not in leave} for tree in (abstract, places))
 
     def fill(path, leaf, place):
@@ -92,8 +96,8 @@ def load(
 def check(weights: Weights, config: ModelConfig, abstract: Any) -> None:
   """ValueError unless every parameter has its tensor and every tensor its place, of the shape of `config.json`.
 
-  All that is wrong is named at once. Where a tied model's file holds the output matrix too, as `transformers` does it
-  stands in for a missing table, and must equal one that is there.
+  Headers alone are read, and all that is wrong is named at once. Where a tied model's file holds the output matrix too,
+  it stands in for a missing table, as `transformers` does it.
   """
   tensors = weights.tensors
   hf_experts.unfuse(tensors, config)
@@ -132,9 +136,20 @@ def check(weights: Weights, config: ModelConfig, abstract: Any) -> None:
   problems = [f'{what}: {listing(names, about)}' for what, names, about in said if names]
   if problems:
     raise ValueError(f'{weights.folder}: the tensors do not belong to its config.json: ' + '; '.join(problems))
-  if twice and not weights.same(tensors[table], tensors[output]):
+
+
+def _check_tied(weights, config, mesh):
+  """ValueError where a tied model's file holds the table twice, and not the same; each process compares a part."""
+  table, output = (weights.tensors.get(hf_names.ENDS[path][0]) for path in ('embed/table', 'unembed/kernel'))
+  if not config.tied or output is None:
+    return
+  count = 1 if mesh is None else jax.process_count()
+  same = weights.same(table, output, jax.process_index() if count > 1 else 0, count)
+  if count > 1:
+    same = bool(np.all(multihost_utils.process_allgather(np.int32(same))))
+  if not same:
     raise ValueError(
-        f'{tensors[output].path}: {output} differs from {table}, but config.json ties them (tie_word_embeddings); set '
+        f'{output.path}: {output.name} differs from {table.name}, but config.json ties them (tie_word_embeddings); set '
         'tie_word_embeddings to false there, or remove the tensor'
     )
 
@@ -146,22 +161,26 @@ def save(
     tokenizer: Any = None,
     *,
     dtype: Any = None,
+    dtypes: Mapping[str, Any] = types.MappingProxyType({}),
     shard_bytes: int = SHARD_BYTES,
     source: str | os.PathLike | None = None,
     card: hf_folder.Card = hf_folder.Card(),
+    chat_template: str | None = None,
 ) -> None:
   """Writes a folder that `load` and `transformers` read; it appears whole, or what was there stays (`hf_folder`).
 
   tokenizer: our `text.tokenizer.Tokenizer`, or a fast one of `transformers`.
-  dtype: of the tensors, by default that of the parameters.
+  dtype: of the tensors, by default that of the parameters. dtypes: of single tensors, by name, where it is another.
   shard_bytes: a file holds so much, or one tensor.
   source: the folder that the model was imported from; fields of its `config.json` and `generation_config.json` that
-    still hold are kept, and its tokenizer's files if no `tokenizer` is given.
+    still hold are kept, the names under which it holds a tied table, and its tokenizer's files if no `tokenizer` is
+    given.
   card: how the model was made, for the README.
+  chat_template: written beside the tokenizer's files of a source without one.
 
   With several processes every one calls this, with a folder that the first one sees, and the first one writes. The
-  host holds one tensor at a time. ValueError if the folder is there and is no model folder, or if no family of
-  `transformers` computes this decoder.
+  host holds one tensor at a time. ValueError if the folder is there and is no model folder, if no family of
+  `transformers` computes this decoder, or if `transformers` would read the tokenizer otherwise beside this family.
   """
   config = model.config
   dtype = jnp.dtype(config.param_dtype if dtype is None else dtype)
@@ -178,42 +197,28 @@ def save(
     )
   source = None if source is None else pathlib.Path(source)
   fields = _config_json(dataclasses.replace(config, dtype=dtype.name, param_dtype=dtype.name), source)
-  _all_may_write(folder)
-  shards = _plan(config, params, dtype, shard_bytes)
-  values = lambda shard: (_value(config, params, tensor) for tensor in shard)
-  if jax.process_index() > 0:
-    for shard in shards:
-      for value in values(shard):
-        del value  # every process takes part in gathering it
-    multihost_utils.sync_global_devices('hf.save')
-    return
-  with hf_folder.replacing(folder) as partial:
-    where, total = {}, 0
-    for number, shard in enumerate(shards, 1):
-      count = '' if len(shards) == 1 else f'-{number:05d}-of-{len(shards):05d}'
-      file = f'model{count}.safetensors'
-      entries = [(tensor.name, tensor.dtype.name, tensor.shape) for tensor in shard]
-      total += hf_folder.write_tensors(partial / file, entries, values(shard))
-      where |= {tensor.name: file for tensor in shard}
-    if len(shards) > 1:
-      hf_folder.write_index(partial, where, total)
-    generation = hf_folder.read_json(source / 'generation_config.json') if source else {}
-    if tokenizer is not None:
-      tokenizer.save(partial)
-      special = {'eos_token_id': list(tokenizer.eos_ids), 'pad_token_id': tokenizer.pad_id}
-      if tokenizer.bos_id is not None:
-        special['bos_token_id'] = tokenizer.bos_id
-      fields, generation = fields | special, generation | special
-    elif source:
-      hf_folder.copy_tokenizer(source, partial)
-    if generation and config.head_kind == 'lm':
-      hf_folder.write_json(partial / 'generation_config.json', generation)
-    hf_folder.write_json(partial / 'config.json', fields)
-    text = hf_folder.readme(
-        pathlib.Path(folder).resolve().name, card, head_kind=config.head_kind, dtype=dtype.name,
-        parameters=sum(int(np.prod(tensor.shape)) for shard in shards for tensor in shard),
-    )
-    (partial / 'README.md').write_text(text, encoding='utf-8')
+  with tempfile.TemporaryDirectory() as small:
+
+    def prepare():
+      hf_folder.check_target(folder)
+      hf_tokenizer.write(pathlib.Path(small), config, fields, tokenizer, source, chat_template)
+
+    _first_must(prepare)
+    shards = _plan(config, params, dtype, dtypes, shard_bytes, _table_names(config, source))
+    values = lambda shard: (_value(config, params, tensor) for tensor in shard)
+    if jax.process_index() > 0:
+      for shard in shards:
+        for value in values(shard):
+          del value  # every process takes part in gathering it
+    else:
+      with hf_folder.replacing(folder) as partial:
+        _write_tensors(partial, shards, values)
+        shutil.copytree(small, partial, dirs_exist_ok=True)
+        text = hf_folder.readme(
+            pathlib.Path(folder).resolve().name, card, head_kind=config.head_kind, dtype=dtype.name,
+            parameters=sum(int(np.prod(tensor.shape)) for shard in shards for tensor in shard),
+        )
+        (partial / 'README.md').write_text(text, encoding='utf-8')
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices('hf.save')  # nobody reads the folder before it is there
 
@@ -221,18 +226,30 @@ def save(
 # --- what is written
 
 
-def _all_may_write(folder):
-  """Ends every process if the first one must not replace the folder: the others would wait for it forever."""
+def _first_must(prepare):
+  """Runs `prepare` in the first process, and ends every process where it cannot: the others would wait forever."""
   problem = None
   if jax.process_index() == 0:
     try:
-      hf_folder.check_target(folder)
-    except ValueError as error:
+      prepare()
+    except (ValueError, OSError) as error:
       problem = error
   if jax.process_count() > 1 and int(multihost_utils.broadcast_one_to_all(np.int32(problem is not None))):
-    problem = problem or ValueError(f'{folder}: process 0 may not write there; its message says why')
+    problem = problem or ValueError('save: process 0 could not write the model; its message says why')
   if problem is not None:
     raise problem
+
+
+def _write_tensors(folder, shards, values):
+  where, total = {}, 0
+  for number, shard in enumerate(shards, 1):
+    count = '' if len(shards) == 1 else f'-{number:05d}-of-{len(shards):05d}'
+    file = f'model{count}.safetensors'
+    entries = [(tensor.name, tensor.dtype.name, tensor.shape) for tensor in shard]
+    total += hf_folder.write_tensors(folder / file, entries, values(shard))
+    where |= {tensor.name: file for tensor in shard}
+  if len(shards) > 1:
+    hf_folder.write_index(folder, where, total)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,18 +263,29 @@ class _Planned:
   dtype: np.dtype
 
 
-def _plan(config, params, dtype, shard_bytes) -> list[list[_Planned]]:
+def _table_names(config, source) -> list[str]:
+  """The tensors of the table: of a tied model the source may hold it under either name, or both."""
+  names = [hf_names.ENDS[path][0] for path in ('embed/table', 'unembed/kernel')]
+  if source is not None and config.tied and config.head_kind == 'lm' and hf_files.present(source):
+    with Weights(source) as weights:
+      return [name for name in names if name in weights.tensors] or names[:1]
+  return names[:1]
+
+
+def _plan(config, params, dtype, dtypes, shard_bytes, table_names) -> list[list[_Planned]]:
   """Which tensors go into which file."""
   shards, room = [[]], shard_bytes
   for path, leaf in sharding.leaf_paths(params):
     names, _ = hf_names.tensors_of(config, path)
+    places = [((), name) for name in table_names] if path == 'embed/table' else _leads(names)
     shape = tuple(hf_names.file_shape(config, path, leaf.shape[_depth(names) :]))
     stored = hf_experts.stored(config, path, dtype)
-    size = int(np.prod(shape)) * stored.itemsize
-    for lead, name in _leads(names):
+    for lead, name in places:
+      own = np.dtype(jnp.dtype(dtypes[name])) if name in dtypes else stored
+      size = int(np.prod(shape)) * own.itemsize
       if size > room and shards[-1]:
         shards, room = shards + [[]], shard_bytes
-      shards[-1].append(_Planned(name, path, lead, shape, stored))
+      shards[-1].append(_Planned(name, path, lead, shape, own))
       room -= size
   return shards
 
@@ -269,13 +297,10 @@ def _value(config, params, tensor) -> np.ndarray:
   for i in tensor.lead:
     leaf = leaf[i]
   value = hf_names.theirs(config, tensor.path, sharding.to_host(leaf))
-  if value.dtype == tensor.dtype:
-    return value
-  with np.errstate(over='ignore'):  # said below, with the tensor's name
-    rounded = value.astype(tensor.dtype)
-  if tensor.dtype.name == 'float16' and np.isinf(rounded).any() and not np.isinf(value).any():
-    raise ValueError(f'tensor {tensor.name} has values beyond float16 (65504); write bfloat16 or float32')
-  return rounded
+  try:
+    return hf_files.rounded(value, tensor.dtype)
+  except OverflowError as error:
+    raise ValueError(f'tensor {tensor.name} {error}') from None
 
 
 def _config_json(config: ModelConfig, source: pathlib.Path | None) -> dict[str, Any]:
@@ -286,6 +311,7 @@ def _config_json(config: ModelConfig, source: pathlib.Path | None) -> dict[str, 
   kept = hf_folder.read_json(source / 'config.json')
   if not kept:
     raise ValueError(f'{source}: no config.json there; give the folder that the model was imported from')
+  kept.pop('auto_map', None)  # names program files, which stay behind; and transformers has the family itself
   before = read_config(source, config.dtype)
   same = dict(vocab_multiple=config.vocab_multiple, remat=config.remat)
   written = hf_config.write(before)

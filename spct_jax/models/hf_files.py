@@ -104,7 +104,10 @@ class Weights:
           self._bytes(tensor, at, row)
           at += width * source.itemsize
       for box in into:
-        box.copy(values, first, columns.start)
+        try:
+          box.copy(values, first, columns.start)
+        except OverflowError as error:
+          raise ValueError(f'{tensor.path}: tensor {tensor.name} {error}') from None
 
   def whole(self, tensor: Tensor) -> np.ndarray:
     """One tensor in its own shape and dtype."""
@@ -112,11 +115,11 @@ class Weights:
     self._bytes(tensor, 0, out)
     return out
 
-  def same(self, a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors hold the same bytes, read in bounded pieces."""
+  def same(self, a: Tensor, b: Tensor, part: int = 0, parts: int = 1) -> bool:
+    """Whether two tensors hold the same bytes, read in bounded pieces; of them every `parts`-th, from `part` on."""
     if (a.dtype, a.shape) != (b.dtype, b.shape):
       return False
-    for at in range(0, a.nbytes, _CHUNK):
+    for at in range(part * _CHUNK, a.nbytes, parts * _CHUNK):
       pieces = [np.empty(min(_CHUNK, a.nbytes - at), np.uint8) for _ in range(2)]
       for tensor, piece in zip((a, b), pieces):
         self._bytes(tensor, at, piece)
@@ -260,7 +263,7 @@ class Box:
     if self.turned:
       turn(self.out[:, start:stop], values)
     else:
-      self.out[start:stop] = values  # rounded where the dtypes differ
+      self.out[start:stop] = rounded(values, self.out.dtype)
 
 
 def turn(out: np.ndarray, values: np.ndarray) -> None:
@@ -268,8 +271,7 @@ def turn(out: np.ndarray, values: np.ndarray) -> None:
 
   Tile by tile: both sides of a tile stay in the L2 cache, which makes it three to four times as fast as `values.T`.
   """
-  if values.dtype != out.dtype:
-    values = values.astype(out.dtype)
+  values = rounded(values, out.dtype)
   # As plain integers: numpy moves its own types faster than ml_dtypes' bfloat16.
   word = f'u{out.dtype.itemsize}'
   out, values = out.view(word), values.view(word)
@@ -278,6 +280,17 @@ def turn(out: np.ndarray, values: np.ndarray) -> None:
     for j in range(0, columns, _TILE_COLUMNS):
       tile = values[i : i + _TILE_ROWS, j : j + _TILE_COLUMNS]
       np.copyto(out[j : j + _TILE_COLUMNS, i : i + _TILE_ROWS], tile.T)
+
+
+def rounded(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
+  """`values` in `dtype`; OverflowError where float16 has no number for one, which would become infinite."""
+  if values.dtype == dtype:
+    return values
+  with np.errstate(over='ignore'):  # said below, once
+    new = values.astype(dtype)
+  if dtype == np.float16 and np.isinf(new).any() and (np.isinf(new) & np.isfinite(values)).any():
+    raise OverflowError('has values beyond float16 (65504); take bfloat16 or float32')
+  return new
 
 
 def aligned(shape: Sequence[int], dtype: Any) -> np.ndarray:
@@ -318,6 +331,11 @@ def _unique(pairs):
   if twice:
     raise ValueError(f'{twice[0]!r} is there twice')
   return dict(pairs)
+
+
+def present(folder: str | os.PathLike) -> bool:
+  """Whether the folder has weights that are read here."""
+  return any((pathlib.Path(folder) / name).is_file() for name in (SINGLE, INDEX))
 
 
 def _no_weights(folder):

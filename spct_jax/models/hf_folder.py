@@ -3,7 +3,8 @@
 It is written under a hidden name beside its place, flushed to disk, and renamed. Where a model stood there before,
 the two are exchanged in one step (Linux; elsewhere by two renames, and the next call puts the old one back if the
 program died between them) and the old one is removed afterwards. A killed program leaves at most hidden folders
-`.NAME.partial-*`, which the next call for the same place removes.
+`.NAME.partial-*`, which the next call for the same place removes. Nothing that is not of a model is ever removed: what
+someone puts into the place while the model is written stays, and so does the model, beside it.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -60,45 +61,76 @@ class Card:
 def replacing(folder: str | os.PathLike) -> Iterator[pathlib.Path]:
   """A hidden folder to write into, which takes the place of `folder` once the block ends without an error.
 
-  ValueError if `folder` is there and is neither empty nor a model folder.
+  ValueError if `folder` is there and is neither empty nor a model folder, before the block and after it (then what was
+  written is kept, and named), and for what the system refuses (a full disk, for example).
   """
   target = pathlib.Path(os.path.realpath(folder))
-  check_target(target)
-  target.parent.mkdir(parents=True, exist_ok=True)
-  _clean(target)
-  partial = target.parent / f'.{target.name}.partial-{os.getpid()}-{os.urandom(4).hex()}'
-  partial.mkdir()
-  lock = os.open(partial, os.O_RDONLY)
+  old, partial, lock = None, None, None
   try:
-    fcntl.flock(lock, fcntl.LOCK_EX)  # tells a folder that is being written from one that a dead program left
+    check_target(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _clean(target)
+    partial, lock = _begin(target)
     yield partial
     _flush(partial)
+    _check_again(target, partial)
     old = _swap(partial, target)
+    partial = None
     _sync(target.parent)
-    if old is not None:
-      shutil.rmtree(old)
-  except BaseException:
-    shutil.rmtree(partial, ignore_errors=True)
-    raise
+  except OSError as error:
+    stayed = 'the model is in its place' if partial is None and lock else 'what was there stayed as it was'
+    raise ValueError(f'{folder}: could not be written ({error}); {stayed}') from error
   finally:
+    if partial is not None:
+      shutil.rmtree(partial, ignore_errors=True)
+    if old is not None:
+      _discard(old)
+    if lock is not None:
+      os.close(lock)
+
+
+def _begin(target):
+  """(a new hidden folder beside `target`, its lock), which tells it from one that a dead program left."""
+  while True:
+    partial = target.parent / f'.{target.name}.partial-{os.getpid()}-{os.urandom(4).hex()}'
+    partial.mkdir()
+    try:
+      lock = os.open(partial, os.O_RDONLY)
+    except FileNotFoundError:
+      continue  # another program took it, not locked yet, for a leftover
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    if partial.exists():
+      return partial, lock
     os.close(lock)
+
+
+def _check_again(target, partial):
+  """Hours may have passed: `target` must still be what may be replaced. If not, what was written gets another name."""
+  try:
+    check_target(target)
+  except ValueError as error:
+    kept = target.with_name(partial.name.removeprefix('.').replace('.partial-', '.written-'))
+    os.rename(partial, kept)
+    raise ValueError(f'{error}. It came there while the model was written, which is whole in {kept}') from None
 
 
 def check_target(folder: str | os.PathLike) -> None:
   """ValueError unless a model may be written to `folder`: it is absent, empty, or a model folder and nothing else."""
   folder = pathlib.Path(folder)
-  if not folder.exists():
-    return
   remedy = 'give another folder; nothing was changed'
+  if not folder.exists():
+    above = next(path for path in folder.absolute().parents if path.exists())
+    if not above.is_dir():
+      raise ValueError(f'{folder}: cannot be there, {above} is a file; {remedy}')
+    return
   if not folder.is_dir():
     raise ValueError(f'{folder}: is a file, and a model is a folder of files; {remedy}')
-  names = sorted(path.name for path in folder.iterdir())
-  if not names:
+  if not os.listdir(folder):
     return
   signs = [name for name in ('config.json', 'adapter_config.json') if _is_model(folder / name)]
   if not signs:
     raise ValueError(f'{folder}: holds files but no model (no config.json that names one); {remedy}')
-  foreign = [name for name in names if not any(fnmatch.fnmatch(name, part) for part in _PARTS)]
+  foreign = _foreign(folder)
   if foreign:
     raise ValueError(
         f'{folder}: holds what does not belong to a model and would be lost ({hf_files.listing(foreign)}); {remedy}, '
@@ -114,23 +146,34 @@ def _is_model(path):
   return isinstance(fields, dict) and any(sign in fields for sign in _SIGNS)
 
 
+def _foreign(folder):
+  """Names of what is in the folder and belongs to no model."""
+  return [name for name in sorted(os.listdir(folder)) if not any(fnmatch.fnmatch(name, part) for part in _PARTS)]
+
+
 def _clean(target):
   """Removes what killed programs left beside `target`, and puts back a model that was moved out of its place."""
   for path in sorted(target.parent.glob(f'.{_escaped(target.name)}.*-*-*')):
     kind = path.name[len(target.name) + 2 :].partition('-')[0]
     if kind not in ('partial', 'old') or not path.is_dir():
       continue
-    lock = os.open(path, os.O_RDONLY)
-    try:
-      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-      if kind == 'old' and not target.exists():
-        os.rename(path, target)
-      else:
-        shutil.rmtree(path)
-    except BlockingIOError:
-      pass  # another program is writing it now
-    finally:
-      os.close(lock)
+    with contextlib.suppress(FileNotFoundError, BlockingIOError):  # another program removed it, or is writing it now
+      lock = os.open(path, os.O_RDONLY)
+      try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if kind == 'old' and not target.exists():
+          os.rename(path, target)
+        else:
+          _discard(path)
+      finally:
+        os.close(lock)
+
+
+def _discard(folder):
+  """Removes a folder as far as that goes; the next call tries again. One that holds more than a model stays."""
+  with contextlib.suppress(FileNotFoundError):
+    if not _foreign(folder):
+      shutil.rmtree(folder, ignore_errors=True)
 
 
 def _escaped(name):
@@ -138,15 +181,34 @@ def _escaped(name):
 
 
 def _swap(partial, target):
-  """Puts `partial` in the place of `target`; returns where the old folder is now, None if there was none."""
-  if not target.exists():
-    os.rename(partial, target)
-    return None
-  if _exchange(partial, target):
-    return partial
+  """Puts `partial` in the place of `target`; returns where the old folder is now, None if there was none.
+
+  Where other programs write to the same place, the last one wins.
+  """
+  while True:
+    try:
+      if not target.exists():
+        os.rename(partial, target)
+        return None
+      return partial if _exchange(partial, target) else _two_renames(partial, target)
+    except OSError as error:  # `target` came or went since we looked
+      if error.errno not in (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST) or not partial.exists():
+        raise
+
+
+def _two_renames(partial, target):
   old = target.with_name(partial.name.replace('.partial-', '.old-'))
-  os.rename(target, old)
-  os.rename(partial, target)
+  lock = os.open(target, os.O_RDONLY)
+  try:
+    fcntl.flock(lock, fcntl.LOCK_EX)  # or another program might take it for a dead one's and put it back
+    os.rename(target, old)
+    try:
+      os.rename(partial, target)
+    except OSError:
+      os.rename(old, target)
+      raise
+  finally:
+    os.close(lock)
   return old
 
 
@@ -231,13 +293,16 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
 
 
 def copy_tokenizer(source: pathlib.Path, folder: pathlib.Path) -> None:
-  """The tokenizer's files as they are."""
+  """The tokenizer's files as they are, but for program files that its config names: these stay behind."""
   for path in sorted(source.iterdir()):
     if any(fnmatch.fnmatch(path.name, part) for part in TOKENIZER):
       if path.is_dir():
         shutil.copytree(path, folder / path.name)
       else:
         shutil.copyfile(path, folder / path.name)
+  fields = read_json(folder / 'tokenizer_config.json')
+  if fields.pop('auto_map', None):
+    write_json(folder / 'tokenizer_config.json', fields)
 
 
 def readme(name: str, card: Card, *, head_kind: str, parameters: int, dtype: str) -> str:

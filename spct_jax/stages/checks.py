@@ -6,7 +6,7 @@ A pipeline calls it for all its stages before the first one works.
 from typing import Any
 
 from spct_jax.data import instructions, stream
-from spct_jax.stages import loading, named, trackers
+from spct_jax.stages import datasets, loading, named, trackers
 from spct_jax.train import update
 
 ORDERS = ('shuffle', 'balanced', 'fixed')
@@ -36,7 +36,7 @@ def training(config: Any, mesh: Any, stage: str) -> None:
   if stage == 'sft' and fields.order not in stream.ORDERS:
     raise ValueError(f'sft.order: got {fields.order!r}; allowed: {", ".join(map(repr, stream.ORDERS))}')
   if stage == 'sft' or (stage == 'rft' and fields.general_fraction > 0):
-    source = loading.sft_data(config) if stage == 'sft' else config.data.instructions
+    source = datasets.sft_data(config) if stage == 'sft' else config.data.instructions
     if not source:
       raise ValueError(
           f'data.instructions is empty, and {stage} learns from it; give a file of general instruction data'

@@ -10,6 +10,7 @@ the page's shape. None of this reads data or an optimizer's state.
     import    every tensor read, checked to be finite and placed on the mesh; WORKDIR:convert is then a model like any
 """
 
+import collections
 import dataclasses
 import json
 import math
@@ -44,13 +45,17 @@ _GROUPS = (
 
 @dataclasses.dataclass(frozen=True)
 class _Given:
-  """The model to convert: its chain of names, the page with its own tokenizer, and its decoder in `dtype`."""
+  """The model to convert: its chain of names, the page with its own tokenizer, and its decoder in `dtype`.
+
+  dtypes: of the single tensors of a folder that come out as they went in, by name.
+  """
 
   links: tuple[named.Model, ...]
   config: Any
   tokenizer: tokenizers.Tokenizer | None
   decoder: Transformer
   dtype: str
+  dtypes: Mapping[str, str]
 
   @property
   def source(self) -> str | None:
@@ -101,26 +106,31 @@ def _inspect(config, given, workdir, mesh):
 def inspect(decoder: Transformer, rules: sharding.Rules, mesh: Any) -> dict[str, Any]:
   """Parameters, their bytes, and bytes on one device of `mesh` (a `Mesh` or an `AbstractMesh`), by group and in all.
 
-  Nothing is made: shapes and shardings say it all.
+  Nothing is made: shapes and shardings say it all. Rows that pad the vocabulary are in the bytes per device, not among
+  the parameters; 'padding' counts their numbers.
   """
   abstract = decoder.abstract_params()
   layout = dict(sharding.leaf_paths(sharding.tree_shardings(abstract, rules, mesh)))
   groups: dict[str, dict[str, Any]] = {}
+  padding, c = 0, decoder.config
   for path, leaf in sharding.leaf_paths(abstract):
     name = next((name for name, pattern in _GROUPS if re.search(pattern, path)), path)
     row = groups.setdefault(name, {'name': name, 'parameters': 0, 'bytes': 0, 'bytes_per_device': 0})
     count = math.prod(leaf.shape)
+    if path in ('embed/table', 'unembed/kernel'):
+      padding += count - c.vocab_size * c.width
+      count = c.vocab_size * c.width
     row['parameters'] += count
     row['bytes'] += count * leaf.dtype.itemsize
     row['bytes_per_device'] += sharding.bytes_per_device(leaf, layout[path])
   rows = list(groups.values())
-  c = decoder.config
   return {
       'layers': c.num_layers,
       'vocabulary': c.vocab_size,
       'dtype': c.param_dtype,
       'mesh': dict(mesh.shape),
       **{key: sum(row[key] for row in rows) for key in ('parameters', 'bytes', 'bytes_per_device')},
+      'padding': padding,
       'groups': rows,
   }
 
@@ -131,19 +141,22 @@ def _export(config, given, workdir, mesh):
     raise ValueError('convert.to is empty; give the folder to write: --config.convert.to=FOLDER')
   to = pathlib.Path(fields.to).expanduser() if fields.to else workdir.path / 'export'
   first = given.links[0]
-  if given.source and os.path.realpath(to) == os.path.realpath(given.source):
-    raise ValueError(f'convert.to: {to} is the model itself; give another folder')
+  if os.path.realpath(to) in [os.path.realpath(link.path) for link in given.links if link.path]:
+    raise ValueError(f'convert.to: {to} is the model itself, or what it was made from; give another folder')
   if fields.adapters == 'peft':
     return _export_adapters(given, to, mesh)
   # Now, not after minutes of reading.
   processes.only_writer(lambda: hf_folder.check_target(to), what=f'looking at {to}')
   params = loading.params(given.config, 'base', given.decoder, None, mesh)
-  copied = first.kind == 'folder'  # then the files are copied as they are
-  if given.tokenizer is not None:
-    given.tokenizer.hf.chat_template = given.tokenizer.hf.chat_template or given.tokenizer.template
+  tok = given.tokenizer
+  copied = first.kind == 'folder' and given.config.tokenizer.path in ('', first.path)  # the files as they are
+  template = None  # the fallback, recorded for a tokenizer that has none
+  if tok is not None and not tok.hf.chat_template:
+    template = tok.hf.chat_template = tok.template
   hf.save(
-      to, given.decoder, params, None if copied else given.tokenizer, dtype=given.dtype, shard_bytes=fields.shard_bytes,
-      source=given.source, card=card(config.model.path, given.links),
+      to, given.decoder, params, None if copied else tok, dtype=given.dtype, dtypes=given.dtypes,
+      shard_bytes=fields.shard_bytes, source=given.source, card=card(config.model.path, given.links),
+      chat_template=template,
   )  # fmt: skip
   if processes.is_writer():
     files = sorted(path.name for path in to.iterdir())
@@ -161,8 +174,8 @@ def _export_adapters(given, to, mesh):
     )
   if below.kind != 'folder':
     raise ValueError(
-        f'convert.adapters: these adapters are on {below.kind} weights, and the PEFT layout names a folder as its base; '
-        'export the base first and train on that folder, or take adapters=merge'
+        f'convert.adapters: these adapters are on {below.kind} weights, and the PEFT layout names a folder as its '
+        'base; export the base first and train on that folder, or take adapters=merge'
     )
   adapted, adapters, _ = loading.adapters(given.config, given.links, given.decoder, None, mesh)
   peft.save(to, adapted, adapters, base=given.source)
@@ -184,8 +197,9 @@ def _import(config, given, workdir, mesh):
   with checkpoint.Checkpoints(folder / 'checkpoint', keep=1) as checkpoints:
     checkpoints.save(0, {'params': params, 'step': jnp.zeros((), jnp.int32)}, {'model': str(config.model.path)})
   workdir.mark_done('convert', config, reads, ('convert/checkpoint',))
+  count = inspect(given.decoder, loading.rules(config.sharding.rules), mesh)['parameters']
   processes.say(
-      f'imported: {given.decoder.num_params:,} parameters in {given.dtype}; name it as a model: {workdir.path}:convert'
+      f'imported: {count:,} parameters in {given.dtype}; name it as a model: {workdir.path}:convert'
   )
 
 
@@ -200,9 +214,10 @@ def _given(config):
   first, root = links[0], links[-1]
   path = config.tokenizer.path or _own_tokenizer(links)
   tok = tokenizers.load(path) if path else None
-  dtype = config.convert.dtype or _own_dtype(links)
-  # Merging rounds once, at the end; a folder's own tensors are read as they will be written.
-  held = dtype if first.kind == 'folder' else 'float32'
+  dtype, dtypes = (config.convert.dtype, {}) if config.convert.dtype else _own_dtypes(first)
+  # Merging rounds once, at the end; a folder's own tensors are read as they will be written, if all are of one dtype.
+  several = config.convert.do == 'export' and not set(dtypes.values()) <= {dtype}
+  held = dtype if first.kind == 'folder' and not several else 'float32'
   own = config.copy_and_resolve_references()
   with own.unlocked():
     own.tokenizer.path = path
@@ -221,7 +236,7 @@ def _given(config):
     padded = (trained[0] if trained else own).model.vocab_multiple
     settings = loading.with_routers(hf.read_config(root.path, held), root.path)
     decoder = Transformer(dataclasses.replace(settings, head_kind=head_kind, vocab_multiple=padded))
-  return _Given(links, own, tok, decoder, dtype)
+  return _Given(links, own, tok, decoder, dtype, dtypes)
 
 
 def _own_tokenizer(links):
@@ -235,16 +250,16 @@ def _own_tokenizer(links):
   return ''
 
 
-def _own_dtype(links):
-  first = links[0]
-  if first.kind == 'folder':
-    with hf_files.Weights(first.path) as weights:
-      held: dict[str, int] = {}
-      for tensor in weights.tensors.values():
-        held[tensor.dtype] = held.get(tensor.dtype, 0) + tensor.nbytes
-    most = max(held, key=held.get, default='F32')
-    return hf_files.DTYPES[most].name if most in hf_files.DTYPES else 'float32'
-  return first.config.model.param_dtype if first.config is not None else 'float32'
+def _own_dtypes(first) -> tuple[str, dict[str, str]]:
+  """(what a folder holds most bytes in, or a stage its parameters; the dtypes of the folder's tensors by name)."""
+  if first.kind != 'folder':
+    return first.config.model.param_dtype if first.config is not None else 'float32', {}
+  with hf_files.Weights(first.path) as weights:
+    tensors = [tensor for tensor in weights.tensors.values() if tensor.dtype in hf_files.DTYPES]
+  size = collections.Counter()
+  for tensor in tensors:
+    size[hf_files.DTYPES[tensor.dtype].name] += tensor.nbytes
+  return max(size, key=size.get, default='float32'), {t.name: hf_files.DTYPES[t.dtype].name for t in tensors}
 
 
 def _check_headers(given):
@@ -315,6 +330,7 @@ def _lines(told):
       f'layers: {told["layers"]}; vocabulary: {told["vocabulary"]}'
       + (f', of which the tokenizer has {told["tokens"]}' if 'tokens' in told else ''),
       f'mesh: {mesh}',
+      *([f'padding of the vocabulary, in memory only: {told["padding"]:,} numbers'] if told['padding'] else ()),
       '',
       f'{"":<16}{"parameters":>18}{told["dtype"]:>14}{"per device":>14}',
   ]

@@ -25,9 +25,9 @@ from spct_jax import records, types
 from spct_jax.algos import metrics
 from spct_jax.judges import grm, meta
 from spct_jax.stages import (
-    checks, console, drawing, exhibit, figures, general, loading, logbook, measure, meta_rm, named, processes,
-    report,    results, trackers,
-)
+    checks, console, datasets, drawing, exhibit, figures, general, loading, logbook, measure, meta_rm, named,
+    processes, report, results, samplers, trackers,
+)  # fmt: skip
 from spct_jax.stages import workdir as workdirs
 from spct_jax.stages.progress import Progress
 from spct_jax.stages.workdir import Workdir
@@ -58,14 +58,14 @@ def run(config: Any, workdir: Workdir, mesh: Any, generate: Any = None) -> None:
   checks.stage(config, mesh, 'evaluate')
   fields = config.evaluate
   reads = (
-      *loading.data_reads(config),
+      *datasets.reads(config),
       *named.reads(config, *fields.models, fields.meta),
       *((fields.instructions,) if fields.instructions else ()),
   )
   if workdir.is_done('evaluate', config, reads):
     return processes.say('evaluate: done before')
   tok = loading.tokenizer(config)
-  data = loading.data(config)
+  data = datasets.load(config)
   examples = data.heldout
   settings = loading.judge_settings(config, fields, orders=fields.orders, single=fields.single)
   greedy_settings = dataclasses.replace(
@@ -79,7 +79,7 @@ def run(config: Any, workdir: Workdir, mesh: Any, generate: Any = None) -> None:
   @functools.lru_cache(maxsize=None)
   def tools(decoder):
     """What is compiled once for all models of one shape."""
-    return loading.generator(config, decoder, tok, mesh, generate), general.scorer(config, decoder, mesh)
+    return samplers.generator(config, decoder, tok, mesh, generate), general.scorer(config, decoder, mesh)
 
   watch = trackers.compiled(config.trackers)
   found, judged = {}, np.ones(len(examples), bool)
@@ -170,7 +170,7 @@ def _meta_scores(config, score, examples, drawn, settings, tok, path, name):
 
 
 def publish(
-    config: Any, workdir: Workdir, items: measure.Items, found: dict[str, Said], data: loading.Data,
+    config: Any, workdir: Workdir, items: measure.Items, found: dict[str, Said], data: datasets.Data,
     instructions: general.Rows | None,
 ) -> None:
   """Writes results.json, report.md, the figures and the per-example rows, and prints the result; process 0 only."""

@@ -17,7 +17,7 @@ import numpy as np
 from spct_jax import records, sharding, types
 from spct_jax.algos import metrics
 from spct_jax.data import instructions
-from spct_jax.stages import loading, logbook, processes, sft
+from spct_jax.stages import datasets, logbook, processes, sft
 from spct_jax.stages.progress import Progress
 from spct_jax.text.tokenizer import Tokenizer
 from spct_jax.train import batches, objectives, update
@@ -45,7 +45,7 @@ def load(config: Any, tok: Tokenizer) -> Rows:
     left_out[f'over {config.sft.buckets[-1]} tokens (sft.buckets), or refused by the chat template'] = lost
   trained = {
       _content(example)
-      for source in {config.data.instructions, loading.sft_data(config)} - {''}
+      for source in {config.data.instructions, datasets.sft_data(config)} - {''}
       for example in instructions.load(source, strict=config.strict).examples
   }
   seen = tuple(e.uid for e in found.examples if e.uid in kept and _content(e) in trained)

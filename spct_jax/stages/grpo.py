@@ -24,7 +24,19 @@ from spct_jax import sharding, types
 from spct_jax.algos import grpo, metrics, outcome, rft
 from spct_jax.data import stream
 from spct_jax.judges import grm
-from spct_jax.stages import checks, drawing, fit, loading, named, processes, results, sample, trackers
+from spct_jax.stages import (
+    checks,
+    datasets,
+    drawing,
+    fit,
+    loading,
+    named,
+    processes,
+    results,
+    sample,
+    samplers,
+    trackers,
+)
 from spct_jax.stages.measure import THRESHOLDS
 from spct_jax.stages.progress import Progress
 from spct_jax.stages.workdir import Workdir
@@ -43,7 +55,7 @@ def run(config: Any, workdir: Workdir, mesh: Any, generate: Any = None) -> None:
   fields = config.grpo
   reads = (
       *(EASY if fields.drop_too_easy else ()),
-      *loading.data_reads(config),
+      *datasets.reads(config),
       *named.reads(config, fields.init, fields.reference),
   )
   if workdir.is_done('grpo', config, reads):
@@ -54,8 +66,8 @@ def run(config: Any, workdir: Workdir, mesh: Any, generate: Any = None) -> None:
   decoder = loading.model(config, tok, name=fields.init)
   trained = loading.learner(config, 'grpo', decoder)
   settings = loading.judge_settings(config, fields, orders='group', single='binary')
-  bind = loading.generator(config, trained, tok, mesh, generate)
-  data = loading.data(config)
+  bind = samplers.generator(config, trained, tok, mesh, generate)
+  data = datasets.load(config)
   examples, lengths = _usable(config, data.train, settings, tok, desc='grpo')
   watched = ()
   if fields.validate_every:

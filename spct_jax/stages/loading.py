@@ -1,4 +1,6 @@
-"""From the config to the objects that stages work with: tokenizer, items, model, parameters, judge.
+"""From the config to the objects that stages work with: tokenizer, model, parameters, judge.
+
+The items are in `datasets`, the sampler in `samplers`.
 
 This is where a ConfigDict ends: everything below takes keyword arguments and small frozen settings.
 """
@@ -7,133 +9,23 @@ import dataclasses
 import functools
 import json
 import pathlib
-import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
 
-from spct_jax import benchmarks, sharding, types
-from spct_jax.data import heldout, stream
+from spct_jax import sharding
+from spct_jax.data import stream
 from spct_jax.judges import grm, prompts
 from spct_jax.models.config import BlockConfig, ModelConfig
 from spct_jax.models.transformer import Transformer
-from spct_jax.sampling.engine import Engine
 from spct_jax.stages import named, processes
 from spct_jax.stages.workdir import Workdir, content
 from spct_jax.text import tokenizer as tokenizers
 from spct_jax.train import checkpoint, lora, optim
 
 
-@dataclasses.dataclass(frozen=True)
-class Data:
-  """Items of a run: `train` for training and sampling, `heldout` for the evaluation, what was left out and why.
-
-  `validation` items only watch training: they are in none of the others. `contaminated` are held-out items whose
-  conversation is in `train` too, `validation_contaminated` validation items whose conversation is in `train` or
-  `heldout`; only files of their own can bring such items.
-  """
-
-  train: tuple[types.Example, ...]
-  heldout: tuple[types.Example, ...]
-  validation: tuple[types.Example, ...]
-  skipped: dict[str, list[str]]
-  contaminated: tuple[str, ...]
-  validation_contaminated: tuple[str, ...]
-
-
 def tokenizer(config: Any) -> tokenizers.Tokenizer:
   return tokenizers.load(config.tokenizer.path)
-
-
-def data(config: Any) -> Data:
-  """Reads the preference file(s); labels are needed, so items without one are skipped and named."""
-  fields = config.data
-  if not fields.path:
-    raise ValueError(
-        'data.path is empty; give the preference file: --config.data.path=FILE, or path=FILE after the colon'
-    )
-  for name, zero in (('limit', 'all'), ('eval_limit', 'all'), ('validation_limit', 'none')):
-    if fields[name] < 0:
-      raise ValueError(f'data.{name}: got {fields[name]}; allowed: a number of items, or 0 = {zero}')
-  loaded = benchmarks.load(
-      fields.path, reader=fields.reader, strict=config.strict, limit=fields.limit or None
-  )
-  skipped = dict(loaded.skipped)
-  if fields.eval_path:
-    held = benchmarks.load(
-        fields.eval_path,
-        reader=fields.eval_reader,
-        strict=config.strict,
-        limit=fields.eval_limit or None,
-    )
-    for reason, names in held.skipped.items():
-      skipped[reason] = [*skipped.get(reason, []), *names]
-    train, held = loaded.examples, held.examples
-  else:
-    parts = heldout.split(loaded.examples, fraction=fields.heldout, seed=config.seed, by='prompt')
-    train, held = parts.train, parts.held_out[: fields.eval_limit or None]
-  train, held = _labelled(train, skipped), _labelled(held, skipped)
-  validation = ()
-  if fields.validation_limit and fields.validation_path:
-    watched = benchmarks.load(
-        fields.validation_path, reader='auto', strict=config.strict, limit=fields.validation_limit
-    )
-    for reason, names in watched.skipped.items():
-      skipped[reason] = [*skipped.get(reason, []), *names]
-    validation = _labelled(watched.examples, skipped)
-    if not validation:
-      raise ValueError(
-          f'{fields.validation_path}: none of its first {len(watched.examples)} items has a label, so none can be '
-          'validated on; give labelled items, or set data.validation_limit=0'
-      )
-  if config.strict and skipped.get('no label'):
-    raise ValueError(f'{fields.path}: strict, and {len(skipped["no label"])} items have no label: '
-                     + ', '.join(skipped['no label'][:10]))
-  if not train or not held:
-    raise ValueError(
-        f'{fields.path}: {len(train)} items with a label to train on and {len(held)} to evaluate; both are needed'
-    )
-  if fields.validation_limit and not fields.validation_path:
-    try:
-      parts = heldout.take(train, fields.validation_limit, config.seed)
-    except ValueError as error:
-      raise ValueError(
-          f'data.validation_limit: got {fields.validation_limit}; {error}. Validation items are taken from the '
-          'training items; lower data.validation_limit, give a file of their own (data.validation_path), or do '
-          'without (data.validation_limit=0 and grpo.validate_every=0)'
-      ) from None
-    train, validation = parts.train, parts.held_out
-  uids = lambda shared: tuple(uid for both in shared for uid in both.held_out)
-  return Data(
-      train=train,
-      heldout=held,
-      validation=validation,
-      skipped=skipped,
-      contaminated=uids(heldout.contamination(train, held)),
-      validation_contaminated=uids(heldout.contamination((*train, *held), validation)),
-  )
-
-
-def _labelled(examples, skipped):
-  bare = [example.uid for example in examples if example.label is None]
-  if bare:
-    skipped['no label'] = [*skipped.get('no label', []), *bare]
-  return tuple(example for example in examples if example.label is not None)
-
-
-def data_reads(config: Any) -> tuple[str, ...]:
-  """What the result of a stage that judges depends on: preference data, and `setup_reads`."""
-  fields = config.data
-  watched = fields.validation_path if fields.validation_limit else ''
-  data_files = (path for path in (fields.path, fields.eval_path, watched) if path)
-  return (*data_files, *setup_reads(config))
-
-
-def sft_data(config: Any) -> str:
-  """What the warm start learns from; sft.data = '' stands for data.instructions."""
-  return config.sft.data if config.sft.data else config.data.instructions
 
 
 def setup_reads(config: Any) -> tuple[str, ...]:
@@ -412,98 +304,3 @@ def judge_settings(config: Any, section: Any, *, orders: str, single: str) -> gr
       min_p=section.min_p,
       seed=config.seed,
   )
-
-
-def engine(
-    config: Any, decoder: Transformer | lora.Adapted, tok: tokenizers.Tokenizer, mesh: Any, stage: str
-) -> Engine:
-  """The sampler of a stage; its randomness is keyed by the stage's name."""
-  dtype = config.model.sampler_dtype
-  return Engine(
-      Transformer(dataclasses.replace(decoder.config, dtype=dtype, param_dtype=dtype, remat=False)),
-      mesh=mesh,
-      cache_rules=rules(config.sharding.cache_rules),
-      rows=config.judge.rows,
-      max_new_tokens=config.judge.max_new_tokens,
-      eos_ids=tok.eos_ids,
-      seed=config.seed,
-      stage=stage,
-  )
-
-
-def sampler_view(
-    config: Any, trained: Transformer | lora.Adapted, mesh: Any, learner_params: Any
-) -> tuple[Any, dict[str, float]]:
-  """The sampler's copy of the parameters, in its dtype and layout, and its cost {'view_bytes', 'view_seconds'}.
-
-  Where dtype and layout are the learner's own, it is the learner's own arrays and costs nothing (decision 3). Of a
-  frozen base with adapters it is W + s A B.
-  """
-  settings = trained.settings if isinstance(trained, lora.Adapted) else None
-  decoder = trained.model if isinstance(trained, lora.Adapted) else trained
-  dtype = np.dtype(config.model.sampler_dtype)
-  layout = sharding.tree_shardings(decoder.abstract_params(), rules(config.sharding.sampler_rules), mesh)
-  if settings is None:
-    same = jax.tree_util.tree_map_with_path(
-        lambda path, leaf, where: (
-            leaf.dtype == _sampler_dtype(path, leaf, dtype) and leaf.sharding.is_equivalent_to(where, leaf.ndim)
-        ),
-        learner_params,
-        layout,
-    )
-    if all(jax.tree.leaves(same)):
-      return learner_params, {'view_bytes': 0.0, 'view_seconds': 0.0}
-  start = time.perf_counter()
-  view = jax.block_until_ready(_cast(str(dtype), _frozen(layout), settings)(learner_params))
-  size = sharding.bytes_per_device(view, layout)
-  return view, {'view_bytes': float(size), 'view_seconds': time.perf_counter() - start}
-
-
-def _sampler_dtype(path, leaf, dtype):
-  """Norm scales and routers keep their own dtype: they are few, and are multiplied in float32."""
-  own = path[-1].key == 'scale' or path[-2].key == 'router'
-  return leaf.dtype if own else np.dtype(dtype)
-
-
-def _frozen(tree):
-  leaves, structure = jax.tree.flatten(tree)
-  return tuple(leaves), structure
-
-
-@functools.lru_cache(maxsize=None)
-def _cast(dtype: str, layout: tuple, settings: lora.Settings | None):
-  """One compiled merge, cast and reshard per dtype, layout and adapters."""
-  leaves, structure = layout
-
-  def view(tree):
-    if settings is not None:
-      tree = lora.merge(tree['frozen'], tree['adapters'], settings, dtype)
-    return jax.tree_util.tree_map_with_path(lambda path, leaf: leaf.astype(_sampler_dtype(path, leaf, dtype)), tree)
-
-  return jax.jit(view, out_shardings=jax.tree.unflatten(structure, leaves))
-
-
-Factory = Callable[[str, Any], grm.Generate]
-
-
-def generator(
-    config: Any, trained: Transformer | lora.Adapted, tok: tokenizers.Tokenizer, mesh: Any, generate: Factory | None
-) -> Factory:
-  """`(stage, params) -> Generate`: the given one, or the engine, compiled once per stage.
-
-  The engine's Generate holds the sampler's view of the parameters until it is dropped; `bind.cost` is what making
-  the last view took.
-  """
-  if generate is not None:
-    return generate
-  engines: dict[str, Engine] = {}
-
-  def bind(stage, learner_params):
-    if stage not in engines:
-      engines[stage] = engine(config, trained, tok, mesh, stage)
-    view, bind.cost = sampler_view(config, trained, mesh, learner_params)
-    return lambda prompts_, tasks, infos: engines[stage].launch(view, prompts_, tasks)
-
-  bind.cost = {}
-
-  return bind

@@ -18,7 +18,7 @@ from spct_jax import sharding, types
 from spct_jax.algos import metrics
 from spct_jax.data import heldout, stream
 from spct_jax.judges import grm, meta
-from spct_jax.stages import checks, drawing, fit, loading, named, processes, sample
+from spct_jax.stages import checks, datasets, drawing, fit, loading, named, processes, sample, samplers
 from spct_jax.stages.workdir import Workdir
 from spct_jax.train import batches, objectives, update
 
@@ -51,14 +51,14 @@ def run(config: Any, workdir: Workdir, mesh: Any, generate: Any = None) -> None:
   fields = config.meta_rm
   reads = (
       *READS,
-      *loading.data_reads(config),
+      *datasets.reads(config),
       *named.reads(config, fields.init, fields.policy),
   )
   if workdir.is_done('meta_rm', config, reads):
     return processes.say('meta_rm: done before')
   sample.require(config, workdir, 'meta_rm')
   tok = loading.tokenizer(config)
-  data = loading.data(config)
+  data = datasets.load(config)
   settings = loading.judge_settings(
       config, fields, orders=config.sample.orders, single='binary'
   )
@@ -66,7 +66,7 @@ def run(config: Any, workdir: Workdir, mesh: Any, generate: Any = None) -> None:
 
   lm = loading.model(config, tok, name=fields.policy)
   policy = loading.params(config, fields.policy, lm, workdir, mesh)
-  judge = grm.Judge(loading.generator(config, lm, tok, mesh, generate)('meta_rm', policy), tok, settings)
+  judge = grm.Judge(samplers.generator(config, lm, tok, mesh, generate)('meta_rm', policy), tok, settings)
   planned = grm.plan(judge, data.train, samples=fields.samples, stage='meta_rm')
   drawing.name_overlong(
       data.train, planned.overlong, limit=settings.buckets[-1], desc='meta_rm', strict=config.strict

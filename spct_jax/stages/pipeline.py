@@ -8,7 +8,7 @@ a killed run.
 import importlib
 from typing import Any
 
-from spct_jax.stages import budget, checks, drawing, loading, processes
+from spct_jax.stages import budget, checks, datasets, drawing, loading, processes
 from spct_jax.stages.workdir import Workdir
 
 READS = ()
@@ -60,7 +60,7 @@ def check(names: tuple[str, ...], config: Any, workdir: Workdir, mesh: Any) -> N
         )
     written.update(module.WRITES)
   budget.report(config, mesh, names)
-  found = loading.data(config)
+  found = datasets.load(config)
   processes.say(
       f'data: {len(found.train)} items to train on, {len(found.heldout)} to evaluate'
       + (f', {len(found.validation)} to validate on' if found.validation else '')

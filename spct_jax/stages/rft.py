@@ -16,7 +16,7 @@ from spct_jax import types
 from spct_jax.algos import rft
 from spct_jax.data import instructions, stream
 from spct_jax.judges import grm
-from spct_jax.stages import checks, drawing, fit, loading, named, processes, sample, sft
+from spct_jax.stages import checks, datasets, drawing, fit, loading, named, processes, sample, sft
 from spct_jax.stages.workdir import Workdir
 from spct_jax.train import batches, objectives
 
@@ -70,14 +70,14 @@ def run(config: Any, workdir: Workdir, mesh: Any, generate: Any = None) -> None:
   reads = (
       *READS,
       *((config.data.instructions,) if fields.general_fraction > 0 else ()),
-      *loading.data_reads(config),
+      *datasets.reads(config),
       *named.reads(config, fields.init),
   )
   if workdir.is_done('rft', config, reads):
     return processes.say('rft: done before')
   sample.require(config, workdir, 'rft')
   tok = loading.tokenizer(config)
-  data = loading.data(config)
+  data = datasets.load(config)
   decoder = loading.model(config, tok, name=fields.init)
   trained = loading.learner(config, 'rft', decoder)
   settings = loading.judge_settings(

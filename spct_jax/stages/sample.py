@@ -8,7 +8,7 @@ import json
 from typing import Any
 
 from spct_jax.judges import grm
-from spct_jax.stages import checks, drawing, loading, named, processes
+from spct_jax.stages import checks, datasets, drawing, loading, named, processes, samplers
 from spct_jax.stages.workdir import Workdir
 
 READS = ()
@@ -22,7 +22,7 @@ WRITES = (
 
 def reads(config: Any) -> tuple[str, ...]:
   """What the drawn trajectories depend on."""
-  return (*loading.data_reads(config), *named.reads(config, config.sample.model))
+  return (*datasets.reads(config), *named.reads(config, config.sample.model))
 
 
 def require(config: Any, workdir: Workdir, stage: str) -> None:
@@ -41,12 +41,12 @@ def run(config: Any, workdir: Workdir, mesh: Any, generate: Any = None) -> None:
   if workdir.is_done('sample', config, reads(config)):
     return processes.say('sample: done before')
   tok = loading.tokenizer(config)
-  data = loading.data(config)
+  data = datasets.load(config)
   decoder = loading.model(config, tok, name=fields.model)
   settings = loading.judge_settings(config, fields, orders=fields.orders, single='binary')
   folder = workdir.start('sample', config, reads(config))
   params = loading.params(config, fields.model, decoder, workdir, mesh)
-  bind = loading.generator(config, decoder, tok, mesh, generate)
+  bind = samplers.generator(config, decoder, tok, mesh, generate)
   judge = grm.Judge(bind('sample', params), tok, settings)
   planned = grm.plan(judge, data.train, samples=fields.samples, stage='sample')
   limit = settings.buckets[-1]

@@ -9,7 +9,7 @@ from typing import Any
 from spct_jax import types
 from spct_jax.data import instructions, stream
 from spct_jax.data.preference import Loaded
-from spct_jax.stages import checks, fit, loading, named, processes
+from spct_jax.stages import checks, datasets, fit, loading, named, processes
 from spct_jax.stages.workdir import Workdir
 from spct_jax.text import chat, encode
 from spct_jax.text.tokenizer import Tokenizer
@@ -69,7 +69,7 @@ def run(config: Any, workdir: Workdir, mesh: Any, generate: Any = None) -> None:
   """Trains `config.sft.init` on `config.sft.data`, in the order that `config.sft.order` says."""
   del generate
   checks.stage(config, mesh, 'sft')
-  source = loading.sft_data(config)
+  source = datasets.sft_data(config)
   reads = (
       source,
       *loading.setup_reads(config),

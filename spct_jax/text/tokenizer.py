@@ -42,7 +42,8 @@ class Tokenizer:
 
   Attributes:
     hf: the `PreTrainedTokenizerFast`, with all it knows.
-    eos_ids: the ids that end an answer: the tokenizer's own, and what ends an assistant's turn.
+    eos_ids: the ids that end an answer: the tokenizer's own, what ends an assistant's turn, and those that the
+      model's generation_config.json (config.json without one) names beside it.
     pad_id: what fills up a batch; it is never read, masks come from lengths.
     vocab_size: one more than the largest id, added tokens included.
     chat_template: the tokenizer's own jinja template, or None.
@@ -177,17 +178,18 @@ def load(path: str | pathlib.Path) -> Tokenizer:
         'with the vocabulary files it needs, or encoder.json with vocab.bpe'
         + (f'. {_NO_JSON}' if any(folder.glob('*.model')) else '')
     )
-  return wrap(hf)
+  return wrap(hf, _ends(folder))
 
 
-def wrap(hf: Any) -> Tokenizer:
-  """Puts a loaded `PreTrainedTokenizerFast` behind our calls."""
+def wrap(hf: Any, ends: Sequence[int] = ()) -> Tokenizer:
+  """Puts a loaded `PreTrainedTokenizerFast` behind our calls; `ends` are further ids that end an answer."""
   if not getattr(hf, 'is_fast', False):
     raise ValueError(
         f'tokenizer: {type(hf).__name__} is no fast tokenizer; a slow one is not used. {_NO_JSON}'
     )
-  ends = [hf.eos_token_id, chat.turn_end(hf)]
-  eos_ids = tuple(dict.fromkeys(index for index in ends if index is not None))
+  size = max(hf.get_vocab().values()) + 1
+  found = [hf.eos_token_id, chat.turn_end(hf), *(index for index in ends if 0 <= index < size)]
+  eos_ids = tuple(dict.fromkeys(index for index in found if index is not None))
   if not eos_ids:
     raise ValueError('tokenizer: it names no end-of-sequence token, so no answer could end; '
                      'set eos_token in its tokenizer_config.json')
@@ -195,9 +197,25 @@ def wrap(hf: Any) -> Tokenizer:
       hf=hf,
       eos_ids=eos_ids,
       pad_id=eos_ids[0] if hf.pad_token_id is None else hf.pad_token_id,
-      vocab_size=max(hf.get_vocab().values()) + 1,
+      vocab_size=size,
       chat_template=chat.template_text(hf),
   )
+
+
+def _ends(folder: pathlib.Path) -> list[int]:
+  """What the model beside the tokenizer, if there is one, stops at."""
+  for name in ('generation_config.json', 'config.json'):
+    try:
+      fields = json.loads((folder / name).read_text(encoding='utf-8'))
+    except FileNotFoundError:
+      continue
+    except ValueError as error:
+      raise ValueError(f'{folder / name}: not JSON ({error})') from None
+    found = fields.get('eos_token_id') if isinstance(fields, dict) else None
+    found = found if isinstance(found, list) else [found]
+    if any(isinstance(index, int) for index in found):
+      return [index for index in found if isinstance(index, int)]
+  return []
 
 
 def _read_hf(folder: pathlib.Path) -> Any:

@@ -279,18 +279,16 @@ def test_layers_are_grouped_for_the_shortest_program(layers, want):
 
 
 # Mutations seen to fail: a look at none of the types; AttributeError, KeyError and TypeError let through.
-@pytest.mark.parametrize('field', [
-    'architectures', 'model_type', 'rope_scaling', 'rope_parameters', 'layer_types', 'sliding_window', 'head_dim',
-    'num_labels', 'id2label', 'hidden_act', 'rms_norm_eps', 'max_position_embeddings', 'sliding_window_pattern',
-    'n_shared_experts', 'first_k_dense_replace', 'mlp_only_layers',
-])  # fmt: skip
 @pytest.mark.parametrize('family', families.DRAWN)
-def test_a_field_of_another_type_is_refused_in_words(family, field):
-  for value in (None, -1, 'x', [], {}, 2.5, [1], [[]], {'a': 1}, True):
-    try:
-      hf_config.read('config.json', families.config(family, 1) | {field: value})
-    except ValueError as error:
-      assert str(error).startswith('config.json: ')
+def test_a_field_of_another_type_is_refused_in_words(family):
+  drawn = families.config(family, 1)
+  others = ('rope_scaling', 'rope_parameters', 'layer_types', 'sliding_window', 'num_labels', 'id2label')
+  for field in (*drawn, *others):
+    for value in (None, -1, 'x', [], {}, 2.5, [1], [[]], {'a': 1}, True):
+      try:
+        hf_config.read('config.json', drawn | {field: value})
+      except ValueError as error:
+        assert str(error).startswith('config.json: '), (field, value)
 
 
 @pytest.mark.parametrize('written, words', [

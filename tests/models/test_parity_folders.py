@@ -56,6 +56,35 @@ def test_tokenizer_template_and_generation_settings_load_there(tmp_path):
   assert json.loads((tmp_path / 'b' / 'config.json').read_text())['pad_token_id'] == tok.pad_id
 
 
+@pytest.mark.parametrize('room', [2, 0])
+def test_a_row_that_ends_as_answers_do_is_scored_there_as_here(tmp_path, room):
+  """The tokenizer has one special token: the end is its pad token too, and the model may have room for another."""
+  import tokenizers as backends
+  alphabet = sorted(backends.pre_tokenizers.ByteLevel.alphabet())
+  backend = backends.Tokenizer(backends.models.BPE({token: i for i, token in enumerate(alphabet)}, []))
+  backend.add_special_tokens(['<end>'])
+  tok = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token='<end>', pad_token='<end>')
+  fields = {**families.config('llama', 2, head_kind='scalar'), 'vocab_size': 257 + room}
+  model = transformers.AutoModelForSequenceClassification.from_config(transformers.AutoConfig.for_model(**fields))
+  model.save_pretrained(tmp_path / 'a')
+  ours, params = hf.load(tmp_path / 'a')
+  hf.save(tmp_path / 'b', ours, params, tok)
+  theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / 'b').eval()
+  rows = [[5, 6, 7, 256], [5, 9, 256]]
+  score = lambda row: float(np.ravel(ours.apply({'params': params}, np.asarray([row]), lengths=np.asarray([len(row)])))[0])
+  want = [score(row) for row in rows]
+  with torch.no_grad():
+    alone = [float(theirs(torch.tensor([row])).logits[0, 0]) for row in rows]
+    np.testing.assert_allclose(alone, want, atol=1e-5)
+    if room:
+      there = transformers.AutoTokenizer.from_pretrained(tmp_path / 'b')
+      batch = there.pad({'input_ids': rows}, return_tensors='pt')
+      np.testing.assert_allclose(theirs(**batch).logits[:, 0].numpy(), want, atol=1e-5)
+    else:
+      with pytest.raises(ValueError, match='no padding token is defined'):
+        theirs(torch.tensor([rows[0], rows[0]]))
+
+
 def test_a_tied_file_with_the_output_matrix_is_read_as_they_read_it(tmp_path):
   """Equal: tied. The table missing: the output matrix stands in. Different: they untie, and we refuse."""
   import safetensors.torch

@@ -119,6 +119,11 @@ def oracle():
 
 
 @pytest.fixture(scope='session')
+def make_rig():
+  return rig_of
+
+
+@pytest.fixture(scope='session')
 def latent():
   """Latent attention and experts, as in DeepSeek-V2; every size divides by two."""
   sparse = BlockConfig(experts=Experts(count=8, top_k=3, ffn=6, shared_ffn=8, groups=4, top_groups=2))
@@ -127,8 +132,3 @@ def latent():
       period=(sparse,), num_periods=2, latent=Latent(rank=8, nope=6, rope=4, value=4, q_rank=6),
   )
   return rig_of(config, tasks=make_tasks(np.arange(20) % 5, np.arange(20) // 5))
-
-
-@pytest.fixture(scope='session')
-def make_rig():
-  return rig_of

@@ -35,4 +35,4 @@ def test_logp_is_that_of_the_learner_and_of_eight_devices(latent):
   np.testing.assert_array_equal(many.tokens, one.tokens)
   np.testing.assert_allclose(many.logp, one.logp, atol=1e-4)
   shapes = jax.tree.map(lambda where: where.spec, engine.cache_shardings(5, 8))
-  assert shapes['rows']['head']['1']['latent'] == jax.P(('data', 'fsdp'), None, None, None)
+  assert shapes['rows']['head']['0']['latent'] == jax.P(('data', 'fsdp'), None, None, None)

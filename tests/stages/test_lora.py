@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from spct_jax import records, sharding, stages
-from spct_jax.stages import budget, fit, loading, workdir
+from spct_jax.stages import budget, fit, loading, samplers, workdir
 from spct_jax.testing import scripted
 from spct_jax.text import tokenizer as tokenizers
 from spct_jax.train import checkpoint, lora
@@ -112,7 +112,7 @@ def test_the_whole_of_it_on_adapters(go, config):
   trained = loading.learner(config, 'grpo', decoder)
   params = jax.tree.map(jax.numpy.asarray, bound['grpo'])
   config.model.sampler_dtype = 'bfloat16'
-  view, cost = loading.sampler_view(config, trained, mesh, params)
+  view, cost = samplers.view(config, trained, mesh, params)
   merged = lora.merge(bound['grpo']['frozen'], bound['grpo']['adapters'], trained.settings)
   for (name, leaf), (_, other) in zip(sharding.leaf_paths(view), sharding.leaf_paths(merged)):
     wanted = other if name.endswith('scale') else other.astype('bfloat16')

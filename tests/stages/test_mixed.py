@@ -21,7 +21,7 @@ import pytest
 
 from spct_jax import records, sharding, stages
 from spct_jax.judges import grm
-from spct_jax.stages import evaluate, grpo, loading, measure, meta_rm, results, workdir as workdirs
+from spct_jax.stages import datasets, evaluate, grpo, loading, measure, meta_rm, results, workdir as workdirs
 from spct_jax.testing import scripted
 from spct_jax.text import tokenizer as tokenizers
 
@@ -76,7 +76,7 @@ class Ran:
   config: object
   path: pathlib.Path
   tok: object
-  data: loading.Data
+  data: datasets.Data
 
   def settings(self, stage, orders='shuffle', single='binary'):
     return loading.judge_settings(self.config, self.config[stage], orders=orders, single=single)
@@ -116,7 +116,7 @@ def ran(tmp_path_factory):
   mesh = sharding.make_mesh({'data': 1, 'fsdp': 1, 'tensor': 1})
   with workdirs.open_workdir(folder / 'w', config) as opened:
     stages.RUN['pipeline'](config, opened, mesh, lambda stage, params: engine)
-  return Ran(config, folder / 'w', tok, loading.data(config))
+  return Ran(config, folder / 'w', tok, datasets.load(config))
 
 
 # What the stages draw and keep

@@ -19,7 +19,7 @@ import tokenizers as tokenizers_
 from spct_jax import records, sharding, stages
 from spct_jax.judges import meta
 from spct_jax.models import hf, hf_config, hf_slices
-from spct_jax.stages import checks, convert, loading, meta_rm, named, workdir
+from spct_jax.stages import checks, convert, datasets, loading, meta_rm, named, samplers, workdir
 from spct_jax.models.transformer import Transformer
 from spct_jax.testing import families, scripted
 from spct_jax.text import tokenizer as tokenizers
@@ -202,7 +202,7 @@ def test_evaluation_of_folders_with_a_folder_as_meta_rm(config, tok, mesh, tmp_p
   assert len(files) == 2  # two models, whatever they are called
   told = list(records.read_jsonl(tmp_path / 'w' / 'evaluate' / files[0]))
   drawn = list(records.read_trajectories(tmp_path / 'w' / 'evaluate' / files[0].replace('-meta', '')))
-  example = {e.uid: e for e in loading.data(config).heldout}[drawn[0].uid]
+  example = {e.uid: e for e in datasets.load(config).heldout}[drawn[0].uid]
   settings = loading.judge_settings(config, config.evaluate, orders='shuffle', single='scale')
   ids = [*meta.reader(template=settings.template, tokenizer=tok)(example, drawn[0].order), *drawn[0].token_ids]
   alone = meta_rm.scorer(scalar, reward, mesh)(np.asarray([ids], np.int32), np.asarray([len(ids)], np.int32))
@@ -376,7 +376,7 @@ def test_a_router_keeps_its_dtype_through_training_checkpoints_and_sampling(conf
     again, _ = saved.restore(states.abstract_state(decoder, optimizer), places, 1)
   same(sharding.to_host(again), sharding.to_host(state))
   config.sharding.sampler_rules = config.sharding.rules
-  assert dtypes(loading.sampler_view(config, decoder, mesh, state['params'])[0]) == dtypes(params)
+  assert dtypes(samplers.view(config, decoder, mesh, state['params'])[0]) == dtypes(params)
   # Trained in float32 it is written as it was held in the folder.
   config.model.param_dtype = 'float32'
   decoder = loading.model(config, tok)

@@ -226,11 +226,11 @@ def test_a_stage_alone_and_chained_are_the_same(run, workdir):
 @pytest.mark.parametrize('keep_hint', [False, True])
 def test_a_hinted_sample_is_learnt_without_its_hint(workdir, config, keep_hint):
   # Seen to catch: the prompt as it was sampled, whatever keep_hint says.
-  from spct_jax.stages import loading, rft
+  from spct_jax.stages import datasets, loading, rft
   tok = loading.tokenizer(config)
   settings = loading.judge_settings(config, config.sample, orders='shuffle', single='binary')
   kept = list(records.read_trajectories(workdir / 'rft' / 'kept.jsonl'))
-  rows, too_long = rft._rows(kept, loading.data(config).train, settings, tok, keep_hint, (384,))
+  rows, too_long = rft._rows(kept, datasets.load(config).train, settings, tok, keep_hint, (384,))
   assert len(rows) == len(kept) == 6 and not too_long
   for row, trajectory in zip(rows, kept):
     hint = 'The best response is' in tok.decode(row.prompt_ids)

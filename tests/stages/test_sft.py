@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from spct_jax.data import instructions, stream
-from spct_jax.stages import fit, loading, sft
+from spct_jax.stages import datasets, fit, sft
 from spct_jax.text import tokenizer as tokenizers
 
 MAKER = """
@@ -68,7 +68,7 @@ def test_shuffle_is_the_order_that_the_seed_draws(config, batches_of):
 
 # Mutation seen to fail: READS that name data.instructions whatever sft.data says.
 def test_the_stage_reads_what_it_learns_from(config, batches_of, tmp_path):
-  assert loading.sft_data(config) == config.sft.data
+  assert datasets.sft_data(config) == config.sft.data
   assert batches_of(1)[0] and not batches_of(1)[0]  # done before
   _, path = batches_of(1)
   inputs = json.loads((path / 'sft' / 'DONE.json').read_text())['fingerprint']['inputs']

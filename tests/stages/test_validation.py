@@ -15,7 +15,7 @@ from spct_jax import records, sharding, stages
 from spct_jax.data import heldout
 from spct_jax.judges import grm
 from spct_jax.sampling import keys, loop
-from spct_jax.stages import figures, grpo, loading, workdir
+from spct_jax.stages import datasets, figures, grpo, loading, samplers, workdir
 from spct_jax.testing import scripted
 from spct_jax.text import tokenizer as tokenizers
 
@@ -142,7 +142,7 @@ def test_each_validation_is_the_same_draw_and_none_is_a_rollout(train, config):
   assert calls == [True, False, False, True, False, True]
   first, *others = by_stage[grpo.VALIDATE]
   assert others == [first, first]
-  examples = {e.uid: e for e in loading.data(config).validation}
+  examples = {e.uid: e for e in datasets.load(config).validation}
   settings = loading.judge_settings(config, config.grpo, orders='group', single='binary')
   for info in first:
     orders = grm.item_orders(examples[info.uid], settings=settings, stage=grpo.VALIDATE, visit=0, samples=2)
@@ -214,27 +214,27 @@ def test_the_progress_line_is_short_and_leaves_out_what_is_unknown():
 
 def test_without_validation_items_nothing_moves(config):
   config.data.validation_limit, config.grpo.validate_every = 0, 0
-  data = loading.data(config)
+  data = datasets.load(config)
   assert [e.uid for e in data.train] == [f't{i}' for i in range(6)] and data.validation == ()
-  assert config.data.validation_path not in loading.data_reads(config)
+  assert config.data.validation_path not in datasets.reads(config)
 
 
 def test_items_of_a_file_are_read_and_what_is_shared_is_named(config, files):
-  assert [e.uid for e in loading.data(config).validation] == ['v0', 'v1', 'v2']
-  assert config.data.validation_path in loading.data_reads(config)
+  assert [e.uid for e in datasets.load(config).validation] == ['v0', 'v1', 'v2']
+  assert config.data.validation_path in datasets.reads(config)
   extra = [
       {'id': 'x0', 'prompt': 'question  3?', 'responses': ['a', 'b'], 'label': 0},  # of the training items
       {'id': 'x1', 'prompt': 'ALL right?', 'responses': ['a', 'b'], 'label': 0},  # of the evaluated items
       {'id': 'x2', 'prompt': 'Nobody knows?', 'responses': ['a', 'b']},
   ]
   (files / 'watched.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in [*WATCHED, *extra]))
-  data = loading.data(config)
+  data = datasets.load(config)
   assert [e.uid for e in data.validation] == ['v0', 'v1', 'v2', 'x0', 'x1']
   assert set(data.validation_contaminated) == {'x0', 'x1'} and data.contaminated == ()
   assert data.skipped['no label'] == ['x2']
   assert len(data.train) == 6 and len(data.heldout) == 4
   config.data.validation_limit = 2
-  assert [e.uid for e in loading.data(config).validation] == ['v0', 'v1']
+  assert [e.uid for e in datasets.load(config).validation] == ['v0', 'v1']
 
 
 def test_items_are_taken_from_training_by_prompt_and_seed(config, files):
@@ -247,8 +247,8 @@ def test_items_are_taken_from_training_by_prompt_and_seed(config, files):
   seen = {}
   for seed in (0, 1):
     config.seed = seed
-    data = loading.data(config)
-    assert data == loading.data(config)
+    data = datasets.load(config)
+    assert data == datasets.load(config)
     prompts = lambda examples: {heldout.prompt_key(e) for e in examples}
     assert len(data.validation) == 8 and len(prompts(data.validation)) == 4
     assert not prompts(data.train) & prompts(data.validation) and data.validation_contaminated == ()
@@ -256,10 +256,10 @@ def test_items_are_taken_from_training_by_prompt_and_seed(config, files):
     seen[seed] = {e.uid for e in data.validation}
   assert seen[0] != seen[1]
   config.data.validation_limit = 7  # prompts stay whole
-  assert len(loading.data(config).validation) == 6
+  assert len(datasets.load(config).validation) == 6
   # Where the held-out part is split off too, none of it is among them.
   config.data.eval_path, config.data.heldout = '', 0.3
-  data = loading.data(config)
+  data = datasets.load(config)
   assert not prompts(data.heldout) & prompts(data.validation) and len(data.validation) == 6
 
 
@@ -269,9 +269,9 @@ def test_validation_compiles_nothing_anew_and_draws_other_tokens(config):
   mesh = sharding.make_mesh({'data': 1, 'fsdp': 1, 'tensor': 1})
   decoder = loading.model(config, tok)
   params = loading.params(config, 'base', decoder, None, mesh)
-  bind = loading.generator(config, decoder, tok, mesh, None)
+  bind = samplers.generator(config, decoder, tok, mesh, None)
   settings = loading.judge_settings(config, config.grpo, orders='group', single='binary')
-  data = loading.data(config)
+  data = datasets.load(config)
   drawn, sizes = {}, []
   for stage, examples in (('grpo', data.train[:4]), (grpo.VALIDATE, data.train[:2]), (grpo.VALIDATE, data.train[:2])):
     judged = grm.judge(grm.Judge(bind(stage, params), tok, settings), examples, samples=2, stage=stage)

@@ -187,7 +187,7 @@ def test_ends_pads_and_sizes(request, loaded):
   expected = {
       'builtin:small': (['<|eos|>'], '<|pad|>', 2048),
       'minimind': (['<|im_end|>'], '<|endoftext|>', 6400),
-      'qwen2': (['<|im_end|>'], '<|endoftext|>', 151646),
+      'qwen2': (['<|im_end|>', '<|endoftext|>'], '<|endoftext|>', 151646),
       'qwen2+qwen3': (['<|im_end|>'], '<|endoftext|>', 151669),
       'gpt2': (['<|endoftext|>'], '<|endoftext|>', 50257),
   }

@@ -68,7 +68,8 @@ def write(family, seed):
       'tokens': tokens, 'lengths': LENGTHS, 'logits': logits, 'score': scalar.score.weight.numpy(), 'rewards': rewards,
       'prompts': prompts, 'prompt_lengths': PROMPTS, 'greedy': np.stack(greedy).astype(np.int32),
   }
-  safetensors.numpy.save_file({k: np.ascontiguousarray(v) for k, v in expected.items()}, folder / 'expected.safetensors')
+  expected = {k: np.ascontiguousarray(v) for k, v in expected.items()}
+  safetensors.numpy.save_file(expected, folder / 'expected.safetensors')
   print(family, {file.name: file.stat().st_size for file in sorted(folder.iterdir())})
 
 

@@ -40,9 +40,9 @@ def logp_at(logits, tokens):
 
 
 def test_logits_padding_and_greedy_text(case):
-  # Seen to fail, in the family that has it: embeddings not scaled; scores or logits not capped; query_scalar ignored;
-  # 1 + w without the 1 for q and k; the norms before and behind the MLP exchanged; the window one wide; local layers
-  # with the global base; the exact GELU; YaRN's magnitude left out; the bias of o and the norm behind the MLP left out.
+  # Seen to fail: embeddings not scaled; scores or logits not capped; query_scalar ignored; norms exchanged in names;
+  # a norm behind a block's part dropped; 1 + w without the 1 on q and k; local layers of Gemma 3 with the global base;
+  # the window one wide; the bias of o left out; the exact GELU; the magnitude of YaRN left out.
   _, model, params, expected = case
   tokens, lengths, prompts = expected['tokens'], expected['lengths'], expected['prompts']
   B, T = tokens.shape

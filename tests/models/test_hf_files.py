@@ -32,13 +32,14 @@ def folder(tmp_path):
 
 def test_tensors_come_back(folder):
   with Weights(folder) as weights:
-    assert {name: (t.dtype, t.shape) for name, t in weights.tensors.items()} == {'a': ('F32', (3, 4)), 'b': ('BF16', (2, 3))}
+    found = {name: (t.dtype, t.shape) for name, t in weights.tensors.items()}
+    assert found == {'a': ('F32', (3, 4)), 'b': ('BF16', (2, 3))}
     np.testing.assert_array_equal(weights.whole(weights.tensors['a']), A)
     np.testing.assert_array_equal(weights.whole(weights.tensors['b']), B)
     assert weights.bytes_read == A.nbytes + B.nbytes
 
 
-# Mutations seen to fail: all columns of the rows read; the box's first column not taken off.
+# Mutations seen to fail: all columns of the rows read; the rectangle's first column left out of the place in the file.
 @pytest.mark.parametrize('turned', [False, True])
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float16'])
 def test_a_rectangle_is_read_with_no_byte_too_many(folder, turned, dtype):
@@ -52,7 +53,7 @@ def test_a_rectangle_is_read_with_no_byte_too_many(folder, turned, dtype):
 
 
 def test_many_chunks_and_tiles_make_one_tensor(tmp_path, monkeypatch):
-  # Seen to fail: the last, smaller chunk read from the place of a full one.
+  # Seen to fail: the last, smaller chunk read from the place of a full one; the box's first column not taken off.
   monkeypatch.setattr(hf_files, '_CHUNK', 1000)
   values = np.random.default_rng(0).standard_normal((150, 1030)).astype(np.float16)
   safetensors.numpy.save_file({'x': values}, tmp_path / 'model.safetensors')
@@ -79,7 +80,7 @@ def test_many_chunks_and_tiles_make_one_tensor(tmp_path, monkeypatch):
         ({'x': entry(shape=(3,))}, bytes(8), 'tensor x has 8 bytes for the shape'),
         ({'x': entry(offsets=(8, 0))}, bytes(8), 'tensor x has the shape'),
         ({'x': entry(), 'y': entry(offsets=(4, 12))}, bytes(12), 'tensor y overlaps the one before it'),
-        ({'x': entry(), 'y': entry(offsets=(12, 20))}, bytes(20), r'tensor y leaves a gap before it \(byte 12 .*expected 8'),
+        ({'x': entry(), 'y': entry(offsets=(12, 20))}, bytes(20), r'y leaves a gap before it \(byte 12 .*expected 8'),
         ({'x': entry(offsets=(8, 16))}, bytes(16), 'tensor x leaves a gap before it'),
         ({'x': entry()}, bytes(7), 'it is cut off; its header names 8 bytes of tensors, and 7 are there'),
         ({'x': entry()}, bytes(9), 'it is longer than its tensors'),
@@ -144,7 +145,9 @@ def test_an_index_that_does_not_fit_its_files_is_named(tmp_path, files, listed, 
 
 
 # Mutation seen to fail: no word of the pickle.
-@pytest.mark.parametrize('name', ['pytorch_model.bin', 'pytorch_model-00001-of-00002.bin', 'consolidated.00.pth', 'model.gguf'])
+@pytest.mark.parametrize(
+    'name', ['pytorch_model.bin', 'pytorch_model-00001-of-00002.bin', 'consolidated.00.pth', 'model.gguf']
+)
 def test_other_formats_are_refused_with_the_remedy(tmp_path, name):
   (tmp_path / name).write_bytes(b'\x80\x04.')
   with pytest.raises(ValueError, match=f'{name}.*a pickle can run any program.*safe_serialization=True'):

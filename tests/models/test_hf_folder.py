@@ -22,7 +22,8 @@ from spct_jax.text import tokenizer as tokenizers
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CONFIG = ModelConfig(
-    vocab_size=19, width=16, heads=4, kv_heads=2, head_dim=4, ffn=24, qk_norm=True, period=(BlockConfig(),), num_periods=2,
+    vocab_size=19, width=16, heads=4, kv_heads=2, head_dim=4, ffn=24, qk_norm=True, period=(BlockConfig(),),
+    num_periods=2,
 )  # fmt: skip
 
 
@@ -100,8 +101,10 @@ for moment in {moments}:
     out.append([moment, old, killed, left, read(target), sorted(path.name for path in place.iterdir())])
 print(json.dumps(out))
 '''
-MOMENTS = ('while it is written', 'while it is flushed', 'before the exchange', 'after the exchange', 'between two renames',
-           'two renames')  # fmt: skip
+MOMENTS = (
+    'while it is written', 'while it is flushed', 'before the exchange', 'after the exchange', 'between two renames',
+    'two renames',
+)  # fmt: skip
 
 
 # Mutations seen to fail: leftovers not cleaned; another name for the folder that is being written; nothing flushed.
@@ -328,7 +331,9 @@ def test_a_file_of_another_writer_comes_back(tmp_path):
 
 
 # Mutation seen to fail: the values taken as numpy rounds them.
-@pytest.mark.parametrize('name', ['model.layers.1.mlp.up_proj.weight', 'model.norm.weight', 'model.embed_tokens.weight'])
+@pytest.mark.parametrize(
+    'name', ['model.layers.1.mlp.up_proj.weight', 'model.norm.weight', 'model.embed_tokens.weight']
+)
 def test_a_value_beyond_float16_is_named_and_not_made_infinite(tmp_path, name):
   config = dataclasses.replace(CONFIG, dtype='bfloat16', param_dtype='bfloat16')
   hf.save(tmp_path, Transformer(config), parameters(config))
@@ -394,8 +399,9 @@ def test_the_host_holds_one_tensor_at_a_time(tmp_path, monkeypatch):
 
 
 KEPT = {
-    'architectures': ['Qwen3ForCausalLM'], 'model_type': 'qwen3', 'vocab_size': 19, 'hidden_size': 16, 'num_attention_heads': 4,
-    'num_key_value_heads': 2, 'head_dim': 4, 'intermediate_size': 24, 'num_hidden_layers': 2, 'tie_word_embeddings': False,
+    'architectures': ['Qwen3ForCausalLM'], 'model_type': 'qwen3', 'vocab_size': 19, 'hidden_size': 16,
+    'num_attention_heads': 4, 'num_key_value_heads': 2, 'head_dim': 4, 'intermediate_size': 24, 'num_hidden_layers': 2,
+    'tie_word_embeddings': False,
     'rms_norm_eps': 1e-6, 'hidden_act': 'silu', 'max_position_embeddings': 40960, 'attention_dropout': 0.0,
     'initializer_range': 0.02, 'use_cache': True, 'dtype': 'bfloat16', 'bos_token_id': 1, 'eos_token_id': 2,
     'rope_parameters': {'rope_type': 'default', 'rope_theta': 10000.0},

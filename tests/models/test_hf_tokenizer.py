@@ -111,7 +111,8 @@ def test_program_files_that_stay_behind_are_not_named(tmp_path):
   hf.save(tmp_path / 'a', Transformer(CONFIG), parameters(CONFIG), made())
   for name in ('config.json', 'tokenizer_config.json'):
     path = tmp_path / 'a' / name
-    path.write_text(json.dumps(read(path) | {'auto_map': {'AutoConfig': 'own.Config', 'AutoTokenizer': ['own.T', None]}}))
+    classes = {'AutoConfig': 'own.Config', 'AutoTokenizer': ['own.T', None]}
+    path.write_text(json.dumps(read(path) | {'auto_map': classes}))
   hf.save(tmp_path / 'b', Transformer(CONFIG), parameters(CONFIG), source=tmp_path / 'a')
   assert not any('auto_map' in read(tmp_path / 'b' / name) for name in ('config.json', 'tokenizer_config.json'))
   assert tokenizers.load(tmp_path / 'b').vocab_size == 257

@@ -41,7 +41,7 @@ def test_rewards_are_not_rounded_to_ties():
 
 
 def test_gradients_of_microbatches_are_summed_in_float32():
-  """256 microbatches of gradient 1: in bfloat16 the running sum stays at 256 once it is there, and 512 rows need more."""
+  """Microbatches of gradient 1: in bfloat16 the running sum stays at 256 once it is there, and 512 rows need more."""
   settings = optim.OptimSettings(
       schedule='constant', learning_rate=1.0, warmup_steps=0, total_steps=1, end_fraction=0.0, b1=0.0, b2=0.0,
       eps=1.0, weight_decay=0.0, clip_norm=0.0,

@@ -108,7 +108,8 @@ def test_greedy_story_equals_the_published_one(story):
   prompts = PromptBatch(tokens=np.ones((1, 1), np.int32), length=np.ones(1, np.int32), row_mask=np.ones(1, bool))
   two = lambda value, dtype: np.full(2, value, dtype)
   tasks = Tasks(
-      prompt=two(0, np.int32), uid=np.zeros((2, 2), np.uint32), visit=two(0, np.int32), sample=np.arange(2, dtype=np.int32),
+      prompt=two(0, np.int32), uid=np.zeros((2, 2), np.uint32), visit=two(0, np.int32),
+      sample=np.arange(2, dtype=np.int32),
       temperature=two(0, np.float32), top_p=two(1, np.float32), top_k=two(0, np.int32), min_p=two(0, np.float32),
       row_mask=two(True, bool),
   )  # fmt: skip

@@ -3,7 +3,6 @@
     python experiments/quickstart.py seeds --out=/tmp/seeds --seeds=0,1,2 --heldout=4000 --clock
     python experiments/quickstart.py beta --from=/tmp/seeds/seed-0 --out=/tmp/beta --betas=0,0.005,0.04,0.2,1
     python experiments/quickstart.py general --from=/tmp/seeds/seed-0 --out=/tmp/general
-    python experiments/quickstart.py export --from=/tmp/seeds/seed-0 --model=rft --out=/tmp/rft
 
 seeds    the quickstart once per seed; table.md, table.json, scaling.png, and what it must show as pass or FAIL.
          With --clock also the page as it stands, twice: with a cold compilation cache, then with a warm one
@@ -11,7 +10,6 @@ beta     GRPO from the RFT policy of a finished run, once per weight of the KL; 
          validation items, and no held-out item is judged
 general  RFT from the base of a finished run, with and without general instruction data; general.md. Judging is
          measured on the validation items, the general tasks on their held-out rows
-export   a model of a finished run as a Hugging Face folder
 
 Every run is an ordinary `python -m spct_jax.main`, one after the other, with a workdir below --out; OUT/NAME.json
 records its seconds and its peak resident memory. A finished run is skipped and a killed one continues, by the same
@@ -42,7 +40,7 @@ def main() -> int:
   args = _flags()
   sys.path.insert(0, str(ROOT))
   try:
-    {'seeds': seeds, 'beta': beta, 'general': general, 'export': export}[args.command](args)
+    {'seeds': seeds, 'beta': beta, 'general': general}[args.command](args)
   except ValueError as error:
     print(f'error: {error}', file=sys.stderr)
     return 2
@@ -60,16 +58,14 @@ def _flags() -> argparse.Namespace:
           ('seeds', 'the quickstart once per seed, and what it shows'),
           ('beta', 'GRPO once per weight of the KL'),
           ('general', 'RFT with and without general instruction data'),
-          ('export', 'a model of a finished run as a Hugging Face folder'),
       )
   }
   for name, sub in made.items():
     sub.add_argument('--out', required=True, metavar='DIR', help='folder to write into')
     if name != 'seeds':
       sub.add_argument('--from', required=True, dest='source', metavar='WORKDIR', help='a finished run')
-    if name != 'export':
-      sub.add_argument('--page', default='configs/quickstart.py', help='page of numbers (default %(default)s)')
-      sub.add_argument('--choices', default='', metavar='WORDS', help='more words after its colon: smoke')
+    sub.add_argument('--page', default='configs/quickstart.py', help='page of numbers (default %(default)s)')
+    sub.add_argument('--choices', default='', metavar='WORDS', help='more words after its colon: smoke')
   made['seeds'].add_argument('--seeds', required=True, type=_listed(int), help='such as 0,1,2')
   made['seeds'].add_argument('--heldout', type=int, help='held-out pairs (default: as the page says)')
   made['seeds'].add_argument('--clock', action='store_true', help='also time the page as it stands')
@@ -80,7 +76,6 @@ def _flags() -> argparse.Namespace:
   made['beta'].add_argument(
       '--window', type=int, default=10, help='steps that a point averages, in figure and table (default %(default)s)'
   )
-  made['export'].add_argument('--model', required=True, help='sft, rft or grpo')
   return parser.parse_args()
 
 
@@ -176,29 +171,12 @@ def _exported(args: argparse.Namespace, out: pathlib.Path, model: str) -> tuple[
     raise ValueError(f'--from={workdir}: its stage {model!r} is not finished; start that run again first')
   source = done.read_text()
   name = f'model-{model}'
-  own = [sys.executable, str(pathlib.Path(__file__).resolve()), 'export']
-  launch(
-      out, name, [*own, f'--from={workdir}', f'--model={model}', f'--out={out / name}'], env=os.environ, source=source
-  )
+  command = [
+      sys.executable, '-m', 'spct_jax.main', '--config=configs/convert.py:do=export',
+      f'--config.model={workdir}:{model}', f'--config.convert.to={out / name}',
+  ]
+  launch(out, name, command, env=os.environ, source=source)
   return out / name, source, config
-
-
-def export(args: argparse.Namespace) -> None:
-  """A process of its own, so that the parent never holds the devices that its next run needs."""
-  import ml_collections
-
-  from spct_jax import sharding
-  from spct_jax.models import hf
-  from spct_jax.stages import loading, workdir
-
-  source = pathlib.Path(args.source).expanduser()
-  config = ml_collections.ConfigDict(_config(source))
-  tok = loading.tokenizer(config)
-  decoder = loading.model(config, tok, name=args.model)
-  mesh = sharding.make_mesh(dict(config.mesh))
-  params = loading.params(config, args.model, decoder, workdir.Workdir(source), mesh)
-  hf.save(_out(args), decoder, params, tokenizer=tok)
-  print(f'{args.model} of {source}: {args.out}')
 
 
 # --- seeds

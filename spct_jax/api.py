@@ -26,6 +26,7 @@ from spct_jax.models.transformer import Transformer
 from spct_jax.sampling.engine import Engine
 from spct_jax.stages import loading, named, workdir
 from spct_jax.text import tokenizer as tokenizers
+from spct_jax.train import lora, peft
 
 _LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768)  # prompt buckets, in tokens
 
@@ -75,7 +76,7 @@ class RewardModel:
       temperature: float = 0.5,
       dtype: str | None = None,
   ) -> 'RewardModel':
-    """Loads a Hugging Face folder (config.json, safetensors, tokenizer), or a workdir of this package.
+    """Loads a Hugging Face folder (config.json, safetensors, tokenizer), a PEFT folder, or a workdir of this package.
 
     stage: which model of a workdir: 'grpo', 'rft' or 'sft'; the furthest that is finished if None.
     template, max_prompt_tokens, max_new_tokens: by default a workdir's own, else 'grm', 4096 and 1024.
@@ -206,6 +207,13 @@ def _is_workdir(folder: pathlib.Path) -> bool:
 
 
 def _open_hf(folder, dtype, mesh):
+  """A Hugging Face folder, or adapters in the layout of PEFT, merged into the base that they name."""
+  if peft.is_folder(folder):
+    base = _base_of(folder)
+    decoder, params, tok, page = _open_hf(base, dtype, mesh)
+    adapted, adapters = peft.load(folder, decoder, mesh, rules=(('', ()),))
+    params = jax.jit(lora.merge, static_argnums=2, donate_argnums=0)(params, adapters, adapted.settings)
+    return decoder, params, tok, page
   tok, size = tokenizers.load(folder), hf.read_config(folder).vocab_size
   if tok.vocab_size > size:
     raise ValueError(
@@ -216,6 +224,17 @@ def _open_hf(folder, dtype, mesh):
   decoder, params = hf.load(folder, dtype=dtype, mesh=mesh, rules=(('', ()),), vocab_multiple=1)
   page = {'template': 'grm', 'max_prompt_tokens': 4096, 'max_new_tokens': 1024}
   return decoder, params, tok, page
+
+
+def _base_of(folder):
+  name = peft.read_config(folder).base
+  for place in (pathlib.Path(name).expanduser(), folder / name) if name else ():
+    if place.is_dir() and place.resolve() != folder.resolve():
+      return place
+  raise ValueError(
+      f'{folder}: its adapter_config.json names the base model {name!r}, and there is no such folder; download it and '
+      'write its folder into base_model_name_or_path, or export the judge merged'
+  )
 
 
 def _open_workdir(folder, stage, mesh):

@@ -2,6 +2,7 @@
 
 
 import jax
+import numpy as np
 import pytest
 
 import spct_jax
@@ -11,6 +12,7 @@ from spct_jax.models.config import BlockConfig, ModelConfig
 from spct_jax.models.transformer import Transformer
 from spct_jax.testing.scripted import ScriptedEngine, verdict
 from spct_jax.text import tokenizer
+from spct_jax.train import lora, peft
 
 
 @pytest.fixture(scope='module')
@@ -91,3 +93,23 @@ def test_a_folder_of_two_models_is_refused(folder, tmp_path):
   tokenizer.load(folder).save(tmp_path / 'small')
   with pytest.raises(ValueError, match='its tokenizer has 2048 tokens, but the model embeds 100'):
     spct_jax.RewardModel.load(tmp_path / 'small')
+
+
+def test_adapters_are_merged_into_the_base_that_they_name(folder, tmp_path):
+  # Seen to fail: the adapters left out.
+  decoder, base = hf.load(folder)
+  adapted = lora.Adapted(decoder, lora.Settings(rank=2, alpha=4.0, targets=('q', 'down'), rslora=False))
+  leaves, structure = jax.tree.flatten(adapted.init(jax.random.key(0)))
+  drawn = [jax.random.normal(jax.random.key(number), leaf.shape) for number, leaf in enumerate(leaves)]
+  adapters = jax.tree.unflatten(structure, drawn)
+  peft.save(tmp_path / 'adapters', adapted, adapters, base=folder)
+  judge = spct_jax.RewardModel.load(tmp_path / 'adapters', max_new_tokens=4)
+  want = lora.merge(base, adapters, adapted.settings)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), judge.params, want)
+  kernel = lambda params: np.asarray(params['period']['0']['q']['kernel'])
+  assert np.abs(kernel(judge.params) - kernel(base)).max() > 0.1
+
+  config = tmp_path / 'adapters' / 'adapter_config.json'
+  config.write_text(config.read_text().replace(str(folder), 'an-organisation/a-model'))
+  with pytest.raises(ValueError, match='no such folder'):
+    spct_jax.RewardModel.load(tmp_path / 'adapters')

@@ -74,7 +74,7 @@ def record(*seconds, code=0, cold=True):
 def test_help():
   done = subprocess.run([sys.executable, str(SCRIPT), '--help'], capture_output=True, text=True, timeout=60)
   assert done.returncode == 0 and 'experiments/quickstart.py seeds --out=' in done.stdout
-  for command in ('seeds', 'beta', 'general', 'export'):
+  for command in ('seeds', 'beta', 'general'):
     done = subprocess.run(
         [sys.executable, str(SCRIPT), command, '--help'], capture_output=True, text=True, timeout=60
     )

@@ -197,7 +197,9 @@ def save(
     )
   source = None if source is None else pathlib.Path(source)
   fields = _config_json(dataclasses.replace(config, dtype=dtype.name, param_dtype=dtype.name), source)
-  with tempfile.TemporaryDirectory() as small:
+  with tempfile.TemporaryDirectory() as private:
+    small = os.path.join(private, 'small')  # with the rights of any folder: they go over with its files
+    os.mkdir(small)
 
     def prepare():
       hf_folder.check_target(folder)

@@ -317,7 +317,7 @@ def _metrics(folder, first) -> tuple[Mapping[str, Any], ...]:
     return ()
   called = loading.stage_names(first.config)[models.index(first.stage)]
   rows = json.loads(path.read_text(encoding='utf-8'))
-  keys = ('benchmark', 'k', 'temperature', 'guided', 'accuracy', 'stderr', 'items', 'parse_failure')
+  keys = ('benchmark', 'n', 'k', 'temperature', 'guided', 'accuracy', 'stderr', 'items', 'parse_failure')
   return tuple(
       {key: row.get(key) for key in keys} for row in rows if row.get('stage') == called and row.get('subset') == 'all'
   )

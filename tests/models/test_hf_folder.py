@@ -364,6 +364,18 @@ def test_a_tied_table_has_the_names_of_the_source(tmp_path, names, monkeypatch):
     hf.check(weights, model.config, model.abstract_params())
 
 
+def test_others_may_read_the_folder_as_any_other(tmp_path):
+  # Seen to fail: the rights of a private folder taken over with its files.
+  tok = tokenizers.load('builtin:small')
+  config = dataclasses.replace(CONFIG, vocab_size=tok.vocab_size)
+  hf.save(tmp_path / 'out', Transformer(config), parameters(config), tok)
+  (tmp_path / 'other').mkdir()
+  (tmp_path / 'other' / 'file').write_text('')
+  mode = lambda path: path.stat().st_mode & 0o777
+  assert mode(tmp_path / 'out') == mode(tmp_path / 'other')
+  assert {mode(path) for path in (tmp_path / 'out').iterdir()} == {mode(tmp_path / 'other' / 'file')}
+
+
 def test_shards_hold_what_they_may_and_the_index_says_where(tmp_path):
   hf.save(tmp_path, Transformer(CONFIG), parameters(CONFIG), shard_bytes=5000)
   index = json.loads((tmp_path / 'model.safetensors.index.json').read_text())

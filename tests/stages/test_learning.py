@@ -1,7 +1,8 @@
 """From a small trained base the method learns: rejective fine-tuning raises accuracy, GRPO the reward, near its start.
 
 `practice_base/` is the base of configs/quickstart.py:seed=0, its sft stage as float16:
-`python experiments/quickstart.py export --model=sft`. The stages run as on that page, on pairs alone and shorter.
+`python -m spct_jax.main --config=configs/convert.py:do=export --config.model=WORKDIR:sft --config.convert.dtype=float16`.
+The stages run as on that page, on pairs alone and shorter.
 """
 
 import importlib.util

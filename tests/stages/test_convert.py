@@ -70,8 +70,8 @@ def test_a_trained_stage_becomes_a_folder_without_its_data(config, files, tmp_pa
     params = random(decoder, 1)
     write_stage(tmp_path / 'w', config, stage, params, decoder)
     (tmp_path / 'w' / 'results.json').write_text(json.dumps([
-        {'stage': 'rft', 'benchmark': 'pairs', 'subset': 'all', 'k': 1, 'accuracy': 0.625},
-        {'stage': 'rft', 'benchmark': 'pairs', 'subset': 'some', 'k': 1, 'accuracy': 0.25},
+        {'stage': 'rft', 'benchmark': 'pairs', 'subset': 'all', 'n': 2, 'k': 1, 'accuracy': 0.625},
+        {'stage': 'rft', 'benchmark': 'pairs', 'subset': 'some', 'n': 2, 'k': 1, 'accuracy': 0.25},
     ]))  # fmt: skip
     (files / 'train.jsonl').rename(files / 'gone.jsonl')
     stages.RUN['convert'](page(model__path=f'{tmp_path}/w:{stage}', to=tmp_path / stage), None, mesh)
@@ -84,7 +84,7 @@ def test_a_trained_stage_becomes_a_folder_without_its_data(config, files, tmp_pa
     assert tokenizers.load(tmp_path / stage).chat_template == tok.chat_template
     text = (tmp_path / stage / 'README.md').read_text()
     assert f'- stage: `{stage}`' in text and '- config: `' in text and 'base model: `random weights`' in text
-    assert ('| pairs | 1 |' in text) == (stage == 'rft') and '0.25' not in text
+    assert ('| pairs | 2 | 1 |' in text) == (stage == 'rft') and '0.25' not in text
   fields = json.loads((tmp_path / 'meta_rm' / 'config.json').read_text())
   assert fields['architectures'][0].endswith('ForSequenceClassification') and fields['pad_token_id'] == tok.pad_id
 

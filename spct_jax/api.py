@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
 from spct_jax import pages, sharding, types
 from spct_jax.algos import voting
@@ -209,7 +210,8 @@ def _is_workdir(folder: pathlib.Path) -> bool:
 def _open_hf(folder, dtype, mesh):
   """A Hugging Face folder, or adapters in the layout of PEFT, merged into the base that they name."""
   if peft.is_folder(folder):
-    base = _base_of(folder)
+    page = ConfigDict({'model': {'path': str(folder)}})
+    base = pathlib.Path(named.chain(page, 'base', 'folder')[1].path)
     decoder, params, tok, page = _open_hf(base, dtype, mesh)
     adapted, adapters = peft.load(folder, decoder, mesh, rules=(('', ()),))
     params = jax.jit(lora.merge, static_argnums=2, donate_argnums=0)(params, adapters, adapted.settings)
@@ -226,19 +228,7 @@ def _open_hf(folder, dtype, mesh):
   return decoder, params, tok, page
 
 
-def _base_of(folder):
-  name = peft.read_config(folder).base
-  for place in (pathlib.Path(name).expanduser(), folder / name) if name else ():
-    if place.is_dir() and place.resolve() != folder.resolve():
-      return place
-  raise ValueError(
-      f'{folder}: its adapter_config.json names the base model {name!r}, and there is no such folder; download it and '
-      'write its folder into base_model_name_or_path, or export the judge merged'
-  )
-
-
 def _open_workdir(folder, stage, mesh):
-  from ml_collections import ConfigDict
   config = ConfigDict(json.loads((folder / 'config.json').read_text(encoding='utf-8')))
   finished = [name for name in reversed(named.LANGUAGE) if (folder / name / 'DONE.json').exists()]
   if not finished or (stage is not None and stage not in finished):

@@ -297,6 +297,14 @@ def parse(text: str, where: str) -> Any:
   return value
 
 
+def read_json(path: os.PathLike | str) -> Any:
+  """The one JSON value of a file; FileNotFoundError, or a ValueError that begins with the path."""
+  try:
+    return json.loads(pathlib.Path(path).read_text(encoding='utf-8'))
+  except (ValueError, RecursionError) as error:
+    raise ValueError(f'{path}: not JSON ({error})') from None
+
+
 def shorten(text: str) -> str:
   """A quotation for a message."""
   return repr(text if len(text) <= 60 else text[:57] + '...')

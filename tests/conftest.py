@@ -37,3 +37,11 @@ def shared() -> pathlib.Path:
   if not (_SHARED / 'data').is_dir():
     pytest.skip('the folder of real data is not beside this checkout')
   return _SHARED
+
+
+@pytest.fixture(scope='module')
+def compiled_quickly():
+  """The compiler's optimizations take longer than all that some tests run."""
+  jax.config.update('jax_disable_most_optimizations', True)
+  yield
+  jax.config.update('jax_disable_most_optimizations', False)

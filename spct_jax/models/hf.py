@@ -6,7 +6,6 @@ A sequence-classification model with one label is the scalar head.
 """
 
 import dataclasses
-import json
 import os
 import pathlib
 import shutil
@@ -20,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from spct_jax import sharding
+from spct_jax import jsonl, sharding
 from spct_jax.models import hf_config, hf_experts, hf_files, hf_folder, hf_names, hf_slices, hf_tokenizer
 from spct_jax.models.config import DTYPES, ModelConfig
 from spct_jax.models.hf_files import Weights, listing
@@ -38,11 +37,7 @@ def read_config(folder: str | os.PathLike, dtype: str = 'float32') -> ModelConfi
   path = pathlib.Path(folder) / 'config.json'
   if not path.is_file():
     raise ValueError(f'{folder}: no config.json there; give a folder as save_pretrained writes it')
-  try:
-    fields = json.loads(path.read_text(encoding='utf-8'))
-  except (ValueError, RecursionError) as error:
-    raise ValueError(f'{path}: not JSON ({error})') from None
-  return hf_config.read(str(path), fields, dtype=dtype)
+  return hf_config.read(str(path), jsonl.read_json(path), dtype=dtype)
 
 
 def load(
@@ -93,6 +88,13 @@ def load(
     return model, jax.block_until_ready(jax.tree.map(fill, paths, abstract, places))
 
 
+def check_folder(folder: str | os.PathLike) -> None:
+  """`check` of a folder's tensors against its own config.json."""
+  settings = read_config(folder)
+  with Weights(folder) as weights:
+    check(weights, settings, Transformer(settings).abstract_params())
+
+
 def check(weights: Weights, config: ModelConfig, abstract: Any) -> None:
   """ValueError unless every parameter has its tensor and every tensor its place, of the shape of `config.json`.
 
@@ -105,7 +107,7 @@ def check(weights: Weights, config: ModelConfig, abstract: Any) -> None:
   for path, leaf in sharding.leaf_paths(abstract):
     names, _ = hf_names.tensors_of(config, path)
     flat = list(_flat(names))
-    shape = hf_names.file_shape(config, path, leaf.shape[_depth(names) :])
+    shape = hf_names.file_shape(config, path, leaf.shape[hf_names.depth(names) :])
     wanted |= {name: tuple(shape) for name in flat}
   table, output = hf_names.ENDS['embed/table'][0], hf_names.ENDS['unembed/kernel'][0]
   twice = config.tied and output in tensors
@@ -280,7 +282,7 @@ def _plan(config, params, dtype, dtypes, shard_bytes, table_names) -> list[list[
   for path, leaf in sharding.leaf_paths(params):
     names, _ = hf_names.tensors_of(config, path)
     places = [((), name) for name in table_names] if path == 'embed/table' else _leads(names)
-    shape = tuple(hf_names.file_shape(config, path, leaf.shape[_depth(names) :]))
+    shape = tuple(hf_names.file_shape(config, path, leaf.shape[hf_names.depth(names) :]))
     stored = hf_experts.stored(config, path, dtype)
     for lead, name in places:
       own = np.dtype(jnp.dtype(dtypes[name])) if name in dtypes else stored
@@ -343,10 +345,6 @@ def _leads(names, lead=()) -> Iterator[tuple[tuple[int, ...], str]]:
   else:
     for i, part in enumerate(names):
       yield from _leads(part, (*lead, i))
-
-
-def _depth(names) -> int:
-  return 0 if isinstance(names, str) else 1 + _depth(names[0])
 
 
 def _text(shape) -> str:

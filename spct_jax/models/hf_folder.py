@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from spct_jax import jsonl
 from spct_jax.models import hf_files
 
 # What model folders consist of; a folder that holds anything else is not replaced, since that would be lost.
@@ -282,11 +283,9 @@ def write_json(path: pathlib.Path, fields: Mapping[str, Any]) -> None:
 def read_json(path: pathlib.Path) -> dict[str, Any]:
   """The fields of a JSON file, none if it is not there."""
   try:
-    fields = json.loads(path.read_text(encoding='utf-8'))
+    fields = jsonl.read_json(path)
   except FileNotFoundError:
     return {}
-  except ValueError as error:
-    raise ValueError(f'{path}: not JSON ({error})') from None
   if not isinstance(fields, dict):
     raise ValueError(f'{path}: not a table of fields')
   return fields

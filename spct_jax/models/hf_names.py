@@ -66,6 +66,11 @@ def tensors_of(config: ModelConfig, path: str) -> tuple[str | list, int]:
   return [hf_experts.each(config, start + i * period, name) for i in range(config.num_periods)], axes
 
 
+def depth(names: str | list) -> int:
+  """How many stacked dimensions a leaf has whose tensors are called `names`."""
+  return 0 if isinstance(names, str) else 1 + depth(names[0])
+
+
 def pairs(config: ModelConfig, path: str) -> int:
   """How many of the last numbers of the leaf at `path` are rotary pairs, side by side in the file and halves here."""
   return 0 if path in ENDS else hf_experts.pairs(config, path.split('/', 2)[2])

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spct_jax.models import hf_experts, hf_files
+from spct_jax.models import hf_experts, hf_files, hf_names
 from spct_jax.models.hf_files import Box, Tensor, Weights
 
 Names = Any  # a tensor's name, or a list of Names for each place of a leading dimension
@@ -98,7 +98,7 @@ def _ranges(index: tuple[slice, ...], shape: Sequence[int]) -> tuple[tuple[int, 
 def _tasks(weights, names, axes, shape, boxes, pairs):
   """What to read into the boxes: arguments of `Weights.read`; and what is left to do once all has been read."""
   tasks, afterwards = [], []
-  depth = _depth(names)
+  depth = hf_names.depth(names)
   for lead in itertools.product(*(range(size) for size in shape[:depth])):
     name = functools.reduce(lambda part, i: part[i], lead, names)
     parts = {}
@@ -122,10 +122,6 @@ def _tasks(weights, names, axes, shape, boxes, pairs):
         afterwards.append(turned)
     tasks += _runs(tensor, rectangles)
   return tasks, afterwards
-
-
-def _depth(names: Names) -> int:
-  return 0 if isinstance(names, str) else 1 + _depth(names[0])
 
 
 def _rectangle(tensor: Tensor, axes: int, shape: Sequence[int], key: Sequence[tuple[int, int]], held: np.ndarray):

@@ -89,7 +89,7 @@ def run(config: Any, workdir: Workdir | None, mesh: Any, generate: Any = None) -
 def _inspect(config, given, workdir, mesh):
   del workdir
   if given.source:
-    _check_headers(given)
+    hf.check_folder(given.source)
   planned = _mesh(config, mesh)
   table = inspect(given.decoder, loading.rules(config.sharding.rules), planned)
   first = given.links[0]
@@ -260,12 +260,6 @@ def _own_dtypes(first) -> tuple[str, dict[str, str]]:
   for tensor in tensors:
     size[hf_files.DTYPES[tensor.dtype].name] += tensor.nbytes
   return max(size, key=size.get, default='float32'), {t.name: hf_files.DTYPES[t.dtype].name for t in tensors}
-
-
-def _check_headers(given):
-  with hf_files.Weights(given.source) as weights:
-    settings = hf.read_config(given.source)
-    hf.check(weights, settings, Transformer(settings).abstract_params())
 
 
 def _mesh(config, mesh):

@@ -13,13 +13,14 @@ are read, so a mistake is found before any work.
 import dataclasses
 import functools
 import hashlib
-import json
 import os
 import pathlib
 import re
 from typing import Any
 
 from ml_collections import ConfigDict
+
+from spct_jax import jsonl
 
 LANGUAGE = ('sft', 'rft', 'grpo')  # stages whose checkpoint is a language model
 TRAINED = (*LANGUAGE, 'meta_rm')
@@ -139,11 +140,8 @@ def check(config: Any, name: str, field: str, kinds: tuple[str, ...]) -> None:
 def _check_weights(folder: str, *state: Any) -> None:
   """Holds a folder's tensors against its config.json, by headers alone; `state` tells its files from earlier ones."""
   from spct_jax.models import hf
-  from spct_jax.models.transformer import Transformer
   del state
-  settings = hf.read_config(folder)
-  with hf.Weights(folder) as weights:
-    hf.check(weights, settings, Transformer(settings).abstract_params())
+  hf.check_folder(folder)
 
 
 def stand_in(model: Model, below: Model) -> str:
@@ -312,11 +310,9 @@ def _stage_reads(model):
 
 def _json(path):
   try:
-    fields = json.loads(path.read_text(encoding='utf-8'))
+    fields = jsonl.read_json(path)
   except FileNotFoundError:
     return None
-  except (ValueError, RecursionError) as error:
-    raise ValueError(f'{path}: not JSON ({error})') from None
   if not isinstance(fields, dict):
     raise ValueError(f'{path}: it holds no table {{"field": value, ...}}; restore the file')
   return fields

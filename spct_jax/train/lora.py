@@ -74,9 +74,7 @@ def kernels(model: Transformer) -> dict[str, Kernel]:
     if parts[0] not in ('head', 'period', 'remainder') or parts[-1] != 'kernel' or parts[-2] == 'router':
       continue
     names, axes = hf_names.tensors_of(model.config, path)
-    stacked = 0
-    while not isinstance(names, str):
-      names, stacked = names[0], stacked + 1
+    stacked = hf_names.depth(names)
     shape = leaf.shape[stacked:]
     found[path] = Kernel(leaf.shape[:stacked], shape[:axes], shape[axes:])
   return found
@@ -176,9 +174,7 @@ def concatenate(parts: list[tuple[Adapted, dict]]) -> tuple[Adapted, dict]:
     kernel, downs, ups = every[path], [], []
     for (part, adapters), kernels_ in zip(parts, of):
       r = part.settings.rank
-      node = adapters if path in kernels_ else {}
-      for name in path.split('/')[:-1] if node else ():
-        node = node[name]
+      node = at(adapters, path) if path in kernels_ else {}
       blank = jnp.zeros((*kernel.stack, *kernel.inputs, r)), jnp.zeros((*kernel.stack, r, *kernel.outputs))
       down, up = (node['lora_a'], part.settings.scale * node['lora_b']) if node else blank
       downs.append(down)
@@ -186,6 +182,13 @@ def concatenate(parts: list[tuple[Adapted, dict]]) -> tuple[Adapted, dict]:
     pair = jnp.concatenate(downs, axis=-1), jnp.concatenate(ups, axis=len(kernel.stack))
     put(tree, path, dict(zip(PAIR, pair)))
   return Adapted(model, settings), tree
+
+
+def at(tree: dict, path: str) -> dict:
+  """The adapters of the kernel at `path`."""
+  for name in path.split('/')[:-1]:
+    tree = tree[name]
+  return tree
 
 
 def put(tree: dict, path: str, pair: dict) -> None:

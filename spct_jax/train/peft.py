@@ -10,7 +10,6 @@ and that `lora` does not compute is an error, whether this file knows its name o
 """
 
 import dataclasses
-import json
 import math
 import os
 import pathlib
@@ -22,7 +21,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from spct_jax import sharding
+from spct_jax import jsonl, sharding
 from spct_jax.models import hf_experts, hf_folder, hf_names
 from spct_jax.models.transformer import Transformer
 from spct_jax.train import lora
@@ -76,10 +75,7 @@ def read_config(folder: str | os.PathLike) -> Config:
   path = pathlib.Path(folder) / CONFIG
   if not path.is_file():
     raise ValueError(f'{folder}: no {CONFIG} there; give a folder as PEFT writes it')
-  try:
-    fields = json.loads(path.read_text(encoding='utf-8'))
-  except (ValueError, RecursionError) as error:
-    raise ValueError(f'{path}: not JSON ({error})') from None
+  fields = jsonl.read_json(path)
   if not isinstance(fields, dict) or fields.get('peft_type') != 'LORA':
     got = fields.get('peft_type') if isinstance(fields, dict) else fields
     raise ValueError(f"{path}: peft_type is {got!r}; supported is 'LORA'")
@@ -192,7 +188,7 @@ def save(folder: str | os.PathLike, adapted: lora.Adapted, adapters: dict, base:
           'modules; export the merged model (models.hf.save), or leave gate, up and down out of lora.targets'
       )
     for leaf, name, i in _names(model, where):
-      value = sharding.to_host(_at(adapters, where)[leaf])
+      value = sharding.to_host(lora.at(adapters, where)[leaf])
       tensors[name] = _theirs(value if i is None else value[i], leaf, hf_names.pairs(model.config, where))
   fields = {
       'peft_type': 'LORA',
@@ -257,12 +253,6 @@ def _theirs(value, leaf, pairs):
   if leaf == 'lora_a':
     return np.ascontiguousarray(value.reshape(-1, value.shape[-1]).T)
   return np.ascontiguousarray(hf_experts.to_pairs(value, pairs).reshape(value.shape[0], -1).T)
-
-
-def _at(tree, kernel):
-  for name in kernel.split('/')[:-1]:
-    tree = tree[name]
-  return tree
 
 
 def _check(path, wanted, tensors, head, kernels, rank):

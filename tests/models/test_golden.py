@@ -11,20 +11,14 @@ import safetensors.numpy
 
 from spct_jax.models import hf, hf_config
 
+pytestmark = pytest.mark.usefixtures('compiled_quickly')
+
 GOLDEN = pathlib.Path(__file__).parent / 'golden'
 NEW = 64
 
 
 def test_every_family_has_a_fixture():
   assert {folder.name for folder in GOLDEN.iterdir()} == set(hf_config.FAMILIES)
-
-
-@pytest.fixture(scope='module', autouse=True)
-def compiled_quickly():
-  """The compiler's optimizations take longer than all that these tests run."""
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
 
 
 @pytest.fixture(scope='module', params=sorted(hf_config.FAMILIES))

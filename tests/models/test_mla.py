@@ -18,13 +18,7 @@ YARN = YarnScaling(40.0, 16, mscale=0.707, mscale_all_dim=0.9)
 DENSE = BlockConfig(rope_theta=100.0, rope_scaling=YARN)
 SPARSE = dataclasses.replace(DENSE, experts=Experts(count=6, top_k=2, ffn=5, shared_ffn=8, scale=1.5))
 
-
-@pytest.fixture(scope='module', autouse=True)
-def compiled_quickly():
-  """The compiler's optimizations take longer than all that these tests run."""
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
+pytestmark = pytest.mark.usefixtures('compiled_quickly')
 
 
 def config(q_rank):

@@ -26,13 +26,7 @@ KINDS = {
     'one of many': Experts(count=40, top_k=1, ffn=4),
 }
 
-
-@pytest.fixture(scope='module', autouse=True)
-def compiled_quickly():
-  """The compiler's optimizations take longer than all that these tests run."""
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
+pytestmark = pytest.mark.usefixtures('compiled_quickly')
 
 
 def drawn(experts, seed, tokens):

@@ -22,6 +22,8 @@ from spct_jax.types import PromptBatch, Tasks
 torch = pytest.importorskip('torch')
 transformers = pytest.importorskip('transformers')
 
+pytestmark = pytest.mark.usefixtures('compiled_quickly')
+
 MODELS = int(os.environ.get('SPCT_PARITY_MODELS', 3))
 B, T, PREFILL, NEW = 2, 14, 6, 64  # rows, tokens of the longest, tokens that go into the cache at once, generated
 LENGTHS = np.array([T, 9], np.int32)
@@ -93,14 +95,6 @@ def program(model):
     }
 
   return run
-
-
-@pytest.fixture(scope='module', autouse=True)
-def compiled_quickly():
-  """The compiler's optimizations take longer than all that these tests run."""
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
 
 
 @pytest.fixture(

@@ -8,13 +8,7 @@ import pytest
 
 from spct_jax import pages, sharding
 
-
-@pytest.fixture(scope='module', autouse=True)
-def compiled_quickly():
-  """The compiler's optimizations take longer than all that these tests run."""
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
+pytestmark = pytest.mark.usefixtures('compiled_quickly')
 
 
 # The engine attends to latents, the learner's pass to the keys and values made from them.

@@ -210,7 +210,7 @@ def _can_fill(sizes: Sizes, prompts: Prompts, state: State):
 
 def _fill(settings: Settings, sizes: Sizes, weights: dict, prompts: Prompts, state: State) -> State:
   """The next prompts of every group into its free slots, at most B."""
-  (G, U, P), B, S = prompts.tokens.shape, sizes.batch, sizes.slots
+  (G, U), B, S = prompts.length.shape, sizes.batch, sizes.slots
   free = state.prompt == U
   rank = jnp.where(free, jnp.cumsum(free, axis=1) - 1, B)
   index = jnp.broadcast_to(jnp.arange(S, dtype=jnp.int32)[None, :], (G, S))

@@ -63,6 +63,13 @@ def config(files):
 
 
 @pytest.fixture
+def small_config(config):
+  """`config` with the smallest decoder, for tests that make several."""
+  config.model.width, config.model.head_dim, config.model.ffn, config.model.num_periods = 16, 4, 16, 1
+  return config
+
+
+@pytest.fixture
 def run(config, tmp_path):
   """`run(script, stage='pipeline', folder='w')` with the scripted engine; returns the workdir's path."""
   from spct_jax import stages

@@ -15,8 +15,9 @@ from spct_jax.models import hf, hf_files
 from spct_jax.models.transformer import Transformer
 from spct_jax.stages import convert, loading, named, workdir
 from spct_jax.testing import tiny
+from spct_jax.testing.finished import write_stage
 from spct_jax.text import tokenizer as tokenizers
-from spct_jax.train import checkpoint, lora, optim, peft, state as states
+from spct_jax.train import lora, peft
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -27,21 +28,8 @@ def mesh():
 
 
 @pytest.fixture
-def config(config):
-  config.model.width, config.model.head_dim, config.model.ffn, config.model.num_periods = 16, 4, 16, 1
-  return config
-
-
-def write_stage(path, config, stage, params, trained):
-  """A finished stage of a workdir, as far as others look at it."""
-  with workdir.open_workdir(path, config) as opened:
-    opened.start(stage, config, named.reads(config, config[stage].init))
-    optimizer = optim.make_optimizer(loading.optim_settings(config[stage]))
-    one = sharding.make_mesh({'data': 1})
-    places = states.state_shardings(trained, optimizer, loading.rules(config.sharding.rules), one)
-    with checkpoint.Checkpoints(path / stage / 'checkpoint', keep=1) as saved:
-      saved.save(2, states.from_params(params, optimizer, places), {'stage': stage})
-    opened.mark_done(stage, config, named.reads(config, config[stage].init))
+def config(small_config):
+  return small_config
 
 
 def page(**fields):
@@ -68,7 +56,7 @@ def test_a_trained_stage_becomes_a_folder_without_its_data(config, files, tmp_pa
   for stage, head_kind in (('rft', 'lm'), ('meta_rm', 'scalar')):
     decoder = loading.model(config, tok, head_kind=head_kind)
     params = random(decoder, 1)
-    write_stage(tmp_path / 'w', config, stage, params, decoder)
+    write_stage(tmp_path / 'w', config, stage, decoder, params)
     (tmp_path / 'w' / 'results.json').write_text(json.dumps([
         {'stage': 'rft', 'benchmark': 'pairs', 'subset': 'all', 'n': 2, 'k': 1, 'accuracy': 0.625},
         {'stage': 'rft', 'benchmark': 'pairs', 'subset': 'some', 'n': 2, 'k': 1, 'accuracy': 0.25},
@@ -191,7 +179,7 @@ def test_adapters_go_out_merged_or_by_themselves(config, folder, tmp_path, mesh)
   decoder = loading.model(config, tok)
   adapted = lora.Adapted(decoder, loading.lora_settings(config, 'rft'))
   adapters = random(adapted, 5)
-  write_stage(tmp_path / 'w', config, 'rft', adapters, adapted)
+  write_stage(tmp_path / 'w', config, 'rft', adapted, adapters)
   name = f'{tmp_path}/w:rft'
   stages.RUN['convert'](page(model__path=name, to=tmp_path / 'merged'), None, mesh)
   _, base = hf.load(folder, vocab_multiple=128)

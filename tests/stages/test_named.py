@@ -22,6 +22,7 @@ from spct_jax.models import hf, hf_config, hf_slices
 from spct_jax.stages import checks, convert, datasets, loading, meta_rm, named, samplers, workdir
 from spct_jax.models.transformer import Transformer
 from spct_jax.testing import families, scripted
+from spct_jax.testing.finished import write_stage
 from spct_jax.text import tokenizer as tokenizers
 from spct_jax.train import checkpoint, lora, optim, peft, state as states
 
@@ -34,9 +35,8 @@ def mesh():
 
 
 @pytest.fixture
-def config(config):
-  config.model.width, config.model.head_dim, config.model.ffn, config.model.num_periods = 16, 4, 16, 1
-  return config
+def config(small_config):
+  return small_config
 
 
 @pytest.fixture
@@ -57,19 +57,6 @@ def write_adapter(folder, decoder, seed, base):
   adapters = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), adapted.abstract_params())
   peft.save(folder, adapted, adapters, base)
   return adapters
-
-
-def write_stage(path, config, stage, decoder, params, trained=None):
-  """A finished stage, as far as others look at it."""
-  with workdir.open_workdir(path, config) as opened:
-    opened.start(stage, config, named.reads(config, config[stage].init))
-    trained = trained or decoder
-    optimizer = optim.make_optimizer(loading.optim_settings(config[stage]))
-    one = sharding.make_mesh({'data': 1, 'fsdp': 1, 'tensor': 1})
-    places = states.state_shardings(trained, optimizer, loading.rules(config.sharding.rules), one)
-    with checkpoint.Checkpoints(path / stage / 'checkpoint', keep=1) as saved:
-      saved.save(2, states.from_params(params, optimizer, places), {'stage': stage})
-    opened.mark_done(stage, config, named.reads(config, config[stage].init))
 
 
 def load(config, name, tok, mesh, head_kind='lm'):
@@ -126,7 +113,7 @@ def test_adapters_of_a_stage_are_on_the_base_that_they_were_trained_on(config, t
   config.sft.lora.alpha = TARGETS.alpha
   trained = loading.learner(config, 'sft', decoder)
   adapters = write_adapter(tmp_path / 'unused', decoder, 2, '')
-  write_stage(tmp_path / 'w', config, 'sft', decoder, adapters, trained)
+  write_stage(tmp_path / 'w', config, 'sft', trained, adapters)
   name = f'{tmp_path / "w"}:sft'
   _, loaded = load(config, name, tok, mesh)
   merged = lora.merge(jax.tree.map(np.asarray, params), adapters, TARGETS)
@@ -151,7 +138,7 @@ def test_adapters_upon_adapters_are_one(config, tok, mesh, tmp_path):
     trained = loading.learner(config, stage, decoder)
     rng = np.random.default_rng(seed)
     adapters = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), trained.abstract_params())
-    write_stage(tmp_path / 'w', config, stage, decoder, adapters, trained)
+    write_stage(tmp_path / 'w', config, stage, trained, adapters)
     merged = lora.merge(merged, adapters, trained.settings)
   name = f'{tmp_path / "w"}:rft'
   _, loaded = load(config, name, tok, mesh)
@@ -338,7 +325,7 @@ def test_a_workdir_s_relative_paths_start_where_it_ran(config, tok, mesh, tmp_pa
   write_stage(tmp_path / 'full', config, 'rft', decoder, jax.jit(decoder.init)(jax.random.key(3)))
   config.rft.lora.rank, config.rft.lora.targets, config.rft.lora.alpha = 2, TARGETS.targets, TARGETS.alpha
   adapters = write_adapter('unused', decoder, 2, '')
-  write_stage(tmp_path / 'lora', config, 'rft', decoder, adapters, loading.learner(config, 'rft', decoder))
+  write_stage(tmp_path / 'lora', config, 'rft', loading.learner(config, 'rft', decoder), adapters)
   name = f'{tmp_path / "lora"}:rft'
   _, wanted = load(config, name, tok, mesh)
   monkeypatch.chdir(tmp_path / 'there')

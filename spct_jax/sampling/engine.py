@@ -14,6 +14,7 @@ name (seed, stage, visit, uid, sample) only, up to float ties: not on rows, batc
 2. Prompts are dealt to groups by their number of tasks, so that groups get nearly equal queues; when one
    prompt has far more than the others, the queues of all groups grow to a power of two times Q / G.
 3. At most so many prompts are held at a time as keep the rows busy; the others wait for their turn.
+4. Prompts that begin alike are cut in trunk and branch where that is less work (`trunks`, `_choose`).
 """
 
 from collections.abc import Callable
@@ -26,7 +27,7 @@ import numpy as np
 
 from spct_jax import sharding
 from spct_jax.models.transformer import Transformer
-from spct_jax.sampling import keys, loop
+from spct_jax.sampling import keys, loop, trunks
 from spct_jax.types import PromptBatch, Rollouts, Tasks
 
 _ALL = 2**30  # steps: more than any run takes
@@ -35,6 +36,7 @@ _WIDTHS = sorted(m << i for m in (1, 3) for i in range(24))
 _SLOTS = sorted({m << i for m in range(8, 16) for i in range(24)} | set(range(1, 8)))
 # What a step's work is made of, in seats of one slot: to read one more slot, and a row with all that is not its prompt.
 _SLOT, _ROW = 16, 4
+_POSITIONS = 1024  # of the slot that is meant
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +45,7 @@ class Engine:
 
   `cache_rules` place the caches (sharding rules; paths 'prompt/period/0/k', 'rows/head/0/v', ...; shape
   [slots or rows, M, positions, hd]). A task ends with one of `eos_ids`, or after `max_new_tokens`.
+  With `share_trunks` what prompts begin with alike is computed, held and read once, where that is worth it.
   """
 
   model: Transformer
@@ -53,6 +56,7 @@ class Engine:
   eos_ids: tuple[int, ...]
   seed: int
   stage: str
+  share_trunks: bool = True
 
   def __post_init__(self):
     for name in ('rows', 'max_new_tokens'):
@@ -135,9 +139,8 @@ class Engine:
     _check(prompts, tasks, self.model.config.vocab_size, limits, T)
     if not tasks.row_mask.any():
       return None, None, None
-    dealt, *host = _deal(prompts, tasks, limits, settings.groups)
-    Q, P = dealt.shape[1], prompts.tokens.shape[1]
-    sizes = _sizes(host[0].number, Q, min(_parts(self.rows, settings.groups), Q), P)
+    cut, sizes = _choose(prompts, tasks, settings.groups, self.rows, T, self.share_trunks)
+    dealt, *host = _deal(prompts, tasks, limits, settings.groups, cut)
     dealt_prompts, queue = _put(host, self.mesh)
     root = np.asarray(jax.random.key_data(keys.root_key(self.seed, self.stage)))
     weights, state = loop.start(settings, sizes, params, dealt_prompts, queue)
@@ -175,32 +178,64 @@ def _put(tree, mesh):
   return sharding.to_device(tree, where)
 
 
-def _deal(prompts: PromptBatch, tasks: Tasks, limits: np.ndarray, G: int):
-  """-> dealt int[G, q] (which task stands where in the queues, -1 = none), Prompts, Queue."""
-  Q, (U, P) = len(tasks.prompt), prompts.tokens.shape
-  prompt = np.where(tasks.row_mask, tasks.prompt, 0)
-  counts = np.bincount(prompt[tasks.row_mask], minlength=U)
+def _counts(prompts: PromptBatch, tasks: Tasks) -> np.ndarray:
+  """int[U]: how many tasks each prompt has."""
+  return np.bincount(tasks.prompt[tasks.row_mask], minlength=len(prompts.length))
+
+
+def _places(counts: np.ndarray, G: int):
+  """Prompts to groups -> group[U], place[U], and the tasks at each place, number[G, U / G]."""
+  U = len(counts)
   rank = np.empty(U, int)
   rank[np.argsort(-counts, kind='stable')] = np.arange(U)
   # To and fro (0 1 2 2 1 0 0 1 ...), so that no group gets the larger one every time.
   place, group = rank // G, rank % G
   group = np.where(place % 2, G - 1 - group, group)
-
-  shape = (G, _parts(U, G))
-  tokens, length, number = np.zeros((*shape, P), np.int32), np.ones(shape, np.int32), np.zeros(shape, np.int32)
-  # Padding becomes token 0: an id outside the embedding table would be NaN, and 0 weight times NaN is NaN.
-  real = np.arange(P)[None, :] < prompts.length[:, None]
-  tokens[group, place], length[group, place] = np.where(real, prompts.tokens, 0), np.clip(prompts.length, 1, P)
+  number = np.zeros((G, _parts(U, G)), np.int32)
   number[group, place] = counts
+  return group, place, number
+
+
+def _room(Q: int, number: np.ndarray) -> int:
+  """Places in the queue of each group."""
+  room = _parts(Q, len(number))
+  while room < number.sum(axis=1).max():
+    room *= 2
+  return room
+
+
+def _slices(prompts: PromptBatch, begin: np.ndarray, size: int) -> np.ndarray:
+  """int32[n, size]: tokens of each prompt from `begin` on.
+
+  Padding becomes token 0: an id outside the embedding table would be NaN, and 0 weight times NaN is NaN.
+  """
+  at = begin[:, None] + np.arange(size)[None, :]
+  tokens = np.take_along_axis(prompts.tokens, np.minimum(at, prompts.tokens.shape[1] - 1), axis=1)
+  return np.where(at < prompts.length[:, None], tokens, 0)
+
+
+def _deal(prompts: PromptBatch, tasks: Tasks, limits: np.ndarray, G: int, cut: trunks.Cut | None = None):
+  """-> dealt int[G, q] (which task stands where in the queues, -1 = none), Prompts, Queue."""
+  Q, (U, P) = len(tasks.prompt), prompts.tokens.shape
+  prompt = np.where(tasks.row_mask, tasks.prompt, 0)
+  counts = _counts(prompts, tasks)
+  if cut is None:
+    group, place, number = _places(counts, G)
+    here, begin, size, more = np.arange(U), np.zeros(U, int), P, {}
+  else:
+    places = trunks.deal(counts, cut, G)
+    group, place, number = places.group, places.place, places.number
+    here, begin, size = np.flatnonzero(cut.trunk >= 0), np.maximum(cut.length[cut.trunk], 0), cut.rest
+    more = _trunk_arrays(prompts, cut, places, here)
+  tokens, length = np.zeros((*number.shape, size), np.int32), np.ones(number.shape, np.int32)
+  at = group[here], place[here]
+  tokens[at], length[at] = _slices(prompts, begin, size)[here], np.clip(prompts.length - begin, 1, size)[here]
 
   queues = []
   for g in range(G):
     queue = np.flatnonzero(tasks.row_mask & (group[prompt] == g))
     queues.append(queue[np.argsort(place[prompt[queue]], kind='stable')])  # the tasks of a prompt side by side
-  room = _parts(Q, G)
-  while room < max(map(len, queues)):
-    room *= 2
-  dealt = np.full((G, room), -1)
+  dealt = np.full((G, _room(Q, number)), -1)
   for g, queue in enumerate(queues):
     dealt[g, :len(queue)] = queue
   here = np.maximum(dealt, 0)
@@ -210,6 +245,7 @@ def _deal(prompts: PromptBatch, tasks: Tasks, limits: np.ndarray, G: int):
       length=length,
       first=np.cumsum(number, axis=1, dtype=np.int32) - number,
       number=number,
+      **more,
   )
   return dealt, dealt_prompts, loop.Queue(
       count=number.sum(axis=1, dtype=np.int32),
@@ -222,6 +258,62 @@ def _deal(prompts: PromptBatch, tasks: Tasks, limits: np.ndarray, G: int):
       top_k=tasks.top_k[here].astype(np.int32),
       min_p=tasks.min_p[here].astype(np.float32),
   )
+
+
+def _trunk_arrays(prompts: PromptBatch, cut: trunks.Cut, places: trunks.Dealt, here: np.ndarray) -> dict:
+  """What `loop.Prompts` says of trunks; `here` are the prompts with tasks."""
+  G, V = places.source.shape
+  one = np.zeros(len(cut.length), int)
+  one[cut.trunk[here]] = here  # any of the prompts that continue a trunk begins with it
+  real, source = places.source >= 0, np.maximum(places.source, 0)
+  length = np.where(real, cut.length[source], 0).astype(np.int32)
+  tokens = _slices(prompts, np.zeros(len(prompts.length), int), cut.size)[one][source]
+  trunk = np.zeros((G, V), np.int32)
+  trunk[places.group[here], places.place[here]] = places.trunk[here]
+  return dict(
+      trunk=trunk,
+      trunks=loop.Trunks(
+          count=real.sum(axis=1, dtype=np.int32),
+          tokens=np.where(np.arange(cut.size)[None, None, :] < length[..., None], tokens, 0),
+          length=length,
+          end=places.end,
+      ),
+  )
+
+
+def _choose(prompts: PromptBatch, tasks: Tasks, G: int, rows: int, T: int, share_trunks: bool):
+  """-> the cut of the prompts, None where whole ones are as good, and the sizes. By work as estimated here.
+
+  It is counted in what one query's attention to one position costs, for one group.
+  """
+  counts, (Q, P) = _counts(prompts, tasks), (len(tasks.prompt), prompts.tokens.shape[1])
+  best, gain = None, 1.0
+  for cut in (None, *(trunks.cuts(prompts, tasks) if share_trunks else ())):
+    if cut is None:
+      number = _places(counts, G)[2]
+    else:
+      places = trunks.deal(counts, cut, G)
+      number = places.number
+    room = _room(Q, number)
+    held = min(_parts(rows, G), room)
+    sizes = _sizes(number, room, held, P if cut is None else cut.rest)
+    prompts_held = (number > 0).sum(axis=1).max()
+    parts = [(P if cut is None else cut.rest, sizes.slots, sizes.width, prompts_held, 0)]
+    if cut is not None:
+      of_trunks = _sizes(places.trunk_number, room, held, cut.size)
+      sizes = sizes._replace(
+          trunk_slots=of_trunks.slots, trunk_width=of_trunks.width, trunk_batch=of_trunks.batch
+      )
+      parts[0] = *parts[0][:4], cut.size
+      parts.append((cut.size, of_trunks.slots, of_trunks.width, (places.source >= 0).sum(axis=1).max(), 0))
+    steps = max(1.0, number.sum(axis=1).max() / held) * T / 2
+    work = steps * held * _ROW * _POSITIONS
+    for size, slots, width, count, before in parts:
+      work += steps * slots * (width + _SLOT) * size
+      work += count * size * (before + size / 2 + _ROW * _POSITIONS / 2)  # tokens side by side cost half of a row
+    if best is None or work < gain * best[0]:
+      best, gain = (work, cut, sizes), 0.9 if cut is None else 1.0
+  return best[1:]
 
 
 def _sizes(number: np.ndarray, Q: int, rows: int, P: int) -> loop.Sizes:

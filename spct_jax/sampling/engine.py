@@ -37,6 +37,7 @@ _SLOTS = sorted({m << i for m in range(8, 16) for i in range(24)} | set(range(1,
 # What a step's work is made of, in seats of one slot: to read one more slot, and a row with all that is not its prompt.
 _SLOT, _ROW = 16, 4
 _POSITIONS = 1024  # of the slot that is meant
+_GAIN = 0.9  # prompts are cut where this much of the work of whole ones is left
 
 
 @dataclasses.dataclass(frozen=True)
@@ -286,33 +287,41 @@ def _choose(prompts: PromptBatch, tasks: Tasks, G: int, rows: int, T: int, share
 
   It is counted in what one query's attention to one position costs, for one group.
   """
-  counts, (Q, P) = _counts(prompts, tasks), (len(tasks.prompt), prompts.tokens.shape[1])
-  best, gain = None, 1.0
-  for cut in (None, *(trunks.cuts(prompts, tasks) if share_trunks else ())):
-    if cut is None:
-      number = _places(counts, G)[2]
-    else:
-      places = trunks.deal(counts, cut, G)
-      number = places.number
-    room = _room(Q, number)
-    held = min(_parts(rows, G), room)
-    sizes = _sizes(number, room, held, P if cut is None else cut.rest)
-    prompts_held = (number > 0).sum(axis=1).max()
-    parts = [(P if cut is None else cut.rest, sizes.slots, sizes.width, prompts_held, 0)]
-    if cut is not None:
-      of_trunks = _sizes(places.trunk_number, room, held, cut.size)
-      sizes = sizes._replace(
-          trunk_slots=of_trunks.slots, trunk_width=of_trunks.width, trunk_batch=of_trunks.batch
-      )
-      parts[0] = *parts[0][:4], cut.size
-      parts.append((cut.size, of_trunks.slots, of_trunks.width, (places.source >= 0).sum(axis=1).max(), 0))
+  counts, (Q, (U, P)) = _counts(prompts, tasks), (len(tasks.prompt), prompts.tokens.shape)
+
+  def work(number, held, kinds):
+    """`kinds`: sizes of prompts or trunks, their length, how many there are, and what stands before them."""
     steps = max(1.0, number.sum(axis=1).max() / held) * T / 2
-    work = steps * held * _ROW * _POSITIONS
-    for size, slots, width, count, before in parts:
-      work += steps * slots * (width + _SLOT) * size
-      work += count * size * (before + size / 2 + _ROW * _POSITIONS / 2)  # tokens side by side cost half of a row
-    if best is None or work < gain * best[0]:
-      best, gain = (work, cut, sizes), 0.9 if cut is None else 1.0
+    total = steps * held * _ROW * _POSITIONS
+    for sizes, length, there, before in kinds:
+      total += steps * sizes.slots * (sizes.width + _SLOT) * length
+      # Tokens side by side cost half of a row each.
+      total += (there > 0).sum(axis=1).max() * length * (before + length / 2 + _ROW * _POSITIONS / 2)
+    return total
+
+  number = _places(counts, G)[2]
+  room = _room(Q, number)
+  held = min(_parts(rows, G), room)
+  sizes = _sizes(number, room, held, P)
+  best = _GAIN * work(number, held, [(sizes, P, number, 0)]), None, sizes
+  for cut in trunks.cuts(prompts, tasks) if share_trunks else ():
+    dealt = trunks.deal(counts, cut, G)
+    room = _room(Q, dealt.number)
+    held = min(_parts(rows, G), room)
+    there = (dealt.source >= 0).sum(axis=1).max()
+    of_trunks = dealt.trunk_number[:, : next(width for width in _WIDTHS if width >= there)]
+    branch, trunk = _sizes(dealt.number, room, held, cut.rest), _sizes(of_trunks, room, held, cut.size)
+    # Never more than whole prompts would take.
+    slots = min(branch.slots, _parts(U, G))
+    sizes = loop.Sizes(
+        held, slots, branch.width, min(branch.batch, slots), min(trunk.slots, slots), trunk.width,
+        min(trunk.batch, trunk.slots, slots),
+    )
+    cost = work(
+        dealt.number, held, [(branch, cut.rest, dealt.number, cut.size), (trunk, cut.size, dealt.trunk_number, 0)]
+    )
+    if cost < best[0]:
+      best = cost, cut, sizes
   return best[1:]
 
 

@@ -43,7 +43,7 @@ def cuts(prompts: PromptBatch, tasks: Tasks) -> list[Cut]:
     return []
 
   found = []
-  for size in sorted({size if size <= _BLOCK else size // _BLOCK * _BLOCK for size in (P * 7 // 8, P * 3 // 4, P // 2)}):
+  for size in sorted({size if size <= _BLOCK else size // _BLOCK * _BLOCK for size in (P * 3 // 4, P // 2)}):
     trunk, lengths = np.full(len(length), -1), []
     for members, t in zip(examples.values(), shared):
       t = min(t, size)

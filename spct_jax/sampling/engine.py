@@ -37,7 +37,7 @@ _SLOTS = sorted({m << i for m in range(8, 16) for i in range(24)} | set(range(1,
 # What a step's work is made of, in seats of one slot: to read one more slot, and a row with all that is not its prompt.
 _SLOT, _ROW = 16, 4
 _POSITIONS = 1024  # of the slot that is meant
-_GAIN = 0.9  # prompts are cut where this much of the work of whole ones is left
+_GAIN = 0.9  # a cut has to leave this much of the work at most, so that chance does not choose a program
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +79,10 @@ class Engine:
     return loop.Settings(self.model, self.mesh, rules, self.max_new_tokens, tuple(map(int, self.eos_ids)))
 
   def cache_shardings(self, num_prompts: int, prompt_length: int) -> dict | None:
-    """{'prompt': tree, 'rows': tree} of NamedShardings, of caches as large as `generate` makes at most."""
+    """{'prompt': tree, 'rows': tree} of NamedShardings, of caches as large as `generate` makes at most.
+
+    Caches of trunks and of branches lie as those of prompts do, and both together are never larger.
+    """
     if self.mesh is None:
       return None
     G = self._settings.groups
@@ -303,7 +306,7 @@ def _choose(prompts: PromptBatch, tasks: Tasks, G: int, rows: int, T: int, share
   room = _room(Q, number)
   held = min(_parts(rows, G), room)
   sizes = _sizes(number, room, held, P)
-  best = _GAIN * work(number, held, [(sizes, P, number, 0)]), None, sizes
+  best = work(number, held, [(sizes, P, number, 0)]), None, sizes
   for cut in trunks.cuts(prompts, tasks) if share_trunks else ():
     dealt = trunks.deal(counts, cut, G)
     room = _room(Q, dealt.number)
@@ -320,7 +323,7 @@ def _choose(prompts: PromptBatch, tasks: Tasks, G: int, rows: int, T: int, share
     cost = work(
         dealt.number, held, [(branch, cut.rest, dealt.number, cut.size), (trunk, cut.size, dealt.trunk_number, 0)]
     )
-    if cost < best[0]:
+    if cost < _GAIN * best[0]:
       best = cost, cut, sizes
   return best[1:]
 

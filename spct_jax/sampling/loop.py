@@ -265,7 +265,7 @@ def _load(settings: Settings, sizes: Sizes, weights: dict, prompts: Prompts, sta
   return state._replace(trunks=Loaded(held.head + loaded, _put(held.trunk, place, new), cache))
 
 
-def _waiting(prompts: Prompts, state: State):
+def _ready(prompts: Prompts, state: State):
   """[G]: prompts that wait for a slot and for nothing else."""
   if prompts.trunks is None:
     return prompts.count - state.head
@@ -275,12 +275,12 @@ def _waiting(prompts: Prompts, state: State):
 
 def _can_fill(sizes: Sizes, prompts: Prompts, state: State):
   """Whether a group has prompts to come and free slots for the next B of them."""
-  return _fits(state.prompt == prompts.length.shape[1], _waiting(prompts, state), sizes.batch)
+  return _fits(state.prompt == prompts.length.shape[1], _ready(prompts, state), sizes.batch)
 
 
 def _fill(settings: Settings, sizes: Sizes, weights: dict, prompts: Prompts, state: State) -> State:
   """The next prompts of every group into its free slots, at most B."""
-  place, new = _next(state.prompt == prompts.length.shape[1], state.head, _waiting(prompts, state), sizes.batch)
+  place, new = _next(state.prompt == prompts.length.shape[1], state.head, _ready(prompts, state), sizes.batch)
   real, before = place < sizes.slots, None
   if sizes.trunk_slots:
     trunk = _of(prompts.trunk, new)

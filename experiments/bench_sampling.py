@@ -168,8 +168,9 @@ class Bench:
     """Orders of one item against the same engine that keeps each order's prompt whole."""
     rows = []
     for responses, orders in ((4, 'shuffle'), (2, 'balanced')):
-      rows += self._against('whole', Work('mid', 1, 1024, 32, 32, responses=responses, orders=orders))
-      work = self._sized(Work('mid', 1, 1024, 32, 32, responses=responses, orders=orders))
+      work = Work('mid', 1, 1024, 32, 32, responses=responses, orders=orders)
+      rows += self._against('whole', work)
+      work = self._sized(work)
       ours, whole = self._run('ours', work), self._run('whole', work)
       for part in ('temp', 'caches'):
         name = f'{_said(work)}: {part} of whole prompts over ours'
@@ -187,11 +188,14 @@ class Bench:
     ]
 
   def programs(self):
-    got = self._run('programs', dataclasses.replace(SHORT, model='tiny', N=8))
-    return [
-        _row('programs: compiled in the first pass over four prompt lengths', got['first'], '', False, 8, 12),
-        _row('programs: compiled in the second pass', got['second'], '', False, 0, 0),
-    ]
+    rows, work = [], dataclasses.replace(SHORT, model='tiny', N=8)
+    for work, what in ((work, ''), (dataclasses.replace(work, responses=2, orders='balanced'), ' of items in two orders')):
+      got = self._run('programs', work)
+      rows += [
+          _row(f'programs: compiled in the first pass over four prompt lengths{what}', got['first'], '', False, 8, 12),
+          _row(f'programs: compiled in the second pass{what}', got['second'], '', False, 0, 0),
+      ]
+    return rows
 
   def _sized(self, work):
     if not self.args.tiny:

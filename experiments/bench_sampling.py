@@ -42,7 +42,10 @@ SMOKE = dict(vocab=300, width=16, layers=2, heads=4, kv_heads=2, ffn=32)
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-  """`prompts` prompts of P tokens, k samples each of N tokens, all of them side by side."""
+  """`prompts` prompts of P tokens, k samples each of N tokens, all of them side by side.
+
+  With `responses` they are items: P / 2 tokens and as many again of responses, in an order per sample, drawn or dealt.
+  """
 
   model: str
   prompts: int
@@ -50,11 +53,13 @@ class Work:
   k: int
   N: int
   top_p: float = 1.0
+  responses: int = 0
+  orders: str = 'shuffle'
 
 
 LONG = {k: Work('mid', 1, 1024, k, 32) for k in (1, 4, 8, 16, 32)}
 SHORT = Work('mid', 4, 256, 8, 128)
-BARS = ('long', 'mid', 'tiny', 'top_p', 'votes', 'one', 'decode', 'memory', 'share', 'programs')
+BARS = ('long', 'mid', 'tiny', 'top_p', 'votes', 'one', 'decode', 'memory', 'orders', 'share', 'programs')
 
 
 def main() -> int:
@@ -159,6 +164,20 @@ class Bench:
         rows.append(_row(f'memory: {part} of {name}', side[part] / 2**20, 'MiB', False))
     return rows
 
+  def orders(self):
+    """Orders of one item against the same engine that keeps each order's prompt whole."""
+    rows = []
+    for responses, orders in ((4, 'shuffle'), (2, 'balanced')):
+      work = Work('mid', 1, 1024, 32, 32, responses=responses, orders=orders)
+      rows += self._against('whole', work)
+      work = self._sized(work)
+      ours, whole = self._run('ours', work), self._run('whole', work)
+      for part in ('temp', 'caches'):
+        name = f'{_said(work)}: {part} of whole prompts over ours'
+        rows.append(_row(name, whole[part] / ours[part], 'x', True))
+        rows.append(_row(f'{_said(work)}: {part} of ours', ours[part] / 2**20, 'MiB', False))
+    return rows
+
   def share(self):
     got = self._run('share', self._sized(Work('tiny', 256, 1024, 32, 1500)))
     what = f'{got["rows"]} rows, {got["slots"]} slots of {got["width"]} seats'
@@ -169,11 +188,14 @@ class Bench:
     ]
 
   def programs(self):
-    got = self._run('programs', dataclasses.replace(SHORT, model='tiny', N=8))
-    return [
-        _row('programs: compiled in the first pass over four prompt lengths', got['first'], '', False, 8, 12),
-        _row('programs: compiled in the second pass', got['second'], '', False, 0, 0),
-    ]
+    rows, work = [], dataclasses.replace(SHORT, model='tiny', N=8)
+    for work, what in ((work, ''), (dataclasses.replace(work, responses=2, orders='balanced'), ' of items in two orders')):
+      got = self._run('programs', work)
+      rows += [
+          _row(f'programs: compiled in the first pass over four prompt lengths{what}', got['first'], '', False, 8, 12),
+          _row(f'programs: compiled in the second pass{what}', got['second'], '', False, 0, 0),
+      ]
+    return rows
 
   def _sized(self, work):
     if not self.args.tiny:
@@ -231,7 +253,8 @@ class Bench:
 def _said(work: Work) -> str:
   prompts = '' if work.prompts == 1 else f'{work.prompts} prompts, '
   truncated = '' if work.top_p == 1 else f', top-p {work.top_p:g}'
-  return f'{work.model}, {prompts}P={work.P}, k={work.k}, N={work.N}{truncated}'
+  orders = f', {work.orders} orders of {work.responses} responses' if work.responses else ''
+  return f'{work.model}, {prompts}P={work.P}, k={work.k}, N={work.N}{truncated}{orders}'
 
 
 def _row(name, value, unit, higher_is_better, goal=None, floor=None):
@@ -254,7 +277,7 @@ def _child(args) -> int:
   if args.side in ('hf', 'tunix'):
     result = {'hf': _hf, 'tunix': _tunix}[args.side](work, args.folder, args.repeats)
   else:
-    sides = {'make': _make, 'ours': _ours, 'each': _each, 'copied': _copied, 'share': _share, 'programs': _programs}
+    sides = {'make': _make, 'ours': _ours, 'whole': _whole, 'each': _each, 'copied': _copied, 'share': _share, 'programs': _programs}
     shape = SMOKE if args.tiny else {'mid': MID, 'tiny': TINY}[work.model]
     result = sides[args.side](work, args.folder, args.repeats, shape)
   print(json.dumps(result))
@@ -278,6 +301,23 @@ def _prompts(work, vocab):
   import numpy as np
 
   return np.random.default_rng(0).integers(1, vocab, (work.prompts, work.P)).astype(np.int32)
+
+
+def _orders(work, tokens):
+  """Items of `_prompts` in the orders of their samples -> distinct prompts, and which each of the k * items reads."""
+  import numpy as np
+  from spct_jax.judges import prompts as judge_prompts
+
+  made, prompt = {}, []
+  for item, row in enumerate(tokens):
+    head, responses = row[: work.P // 2], np.split(row[work.P // 2 :], work.responses)
+    orders = judge_prompts.orders(
+        kind=work.orders, n=work.responses, samples=work.k, seed=0, stage='bench', visit=0, uid=str(item)
+    )
+    for order in orders:
+      made.setdefault((item, order), np.concatenate([head, *(responses[i] for i in order)]))
+      prompt.append(list(made).index((item, order)))
+  return np.stack(list(made.values())), np.array(prompt, np.int32)
 
 
 def _make(work, folder, repeats, shape):
@@ -335,31 +375,43 @@ def _batch(work, tokens):
   from spct_jax.types import PromptBatch, Tasks
 
   Q = work.prompts * work.k
-  prompt, sample = np.divmod(np.arange(Q, dtype=np.int32), work.k)
+  item, sample = np.divmod(np.arange(Q, dtype=np.int32), work.k)
+  prompt, U = item, work.prompts
+  if work.responses:
+    tokens, prompt = _orders(work, tokens)
+    U = len(tokens)
   full = lambda value, dtype: np.full(Q, value, dtype)
   prompts = PromptBatch(
-      tokens=tokens, length=np.full(work.prompts, tokens.shape[1], np.int32), row_mask=np.ones(work.prompts, bool)
+      tokens=tokens, length=np.full(U, tokens.shape[1], np.int32), row_mask=np.ones(U, bool)
   )
   return prompts, Tasks(
-      prompt=prompt, uid=np.stack([prompt, prompt], axis=1).astype(np.uint32), visit=full(0, np.int32), sample=sample,
+      prompt=prompt, uid=np.stack([item, item], axis=1).astype(np.uint32), visit=full(0, np.int32), sample=sample,
       temperature=full(1, np.float32), top_p=full(work.top_p, np.float32), top_k=full(0, np.int32),
       min_p=full(0, np.float32), row_mask=full(True, bool),
   )
 
 
-def _ours(work, folder, repeats, shape):
+def _ours(work, folder, repeats, shape, share_trunks=True):
   import numpy as np
   from spct_jax.sampling import loop
 
   engine, params = _rig(work, folder, work.prompts * work.k, work.N)
+  engine = dataclasses.replace(engine, share_trunks=share_trunks)
   prompts, tasks = _batch(work, _prompts(work, shape['vocab']))
   compiled = _counted()
   result = _timed(lambda: engine.generate(params, prompts, tasks), repeats)
   result['compiled'] = len(compiled)
   _, given, state = engine._begin(params, prompts, tasks, None)
   program = loop.advance.lower(*given, state, np.int32(1)).compile()
-  result['temp'], result['caches'] = program.memory_analysis().temp_size_in_bytes, _bytes((state.slots, state.ring))
+  trunks = state.trunks and state.trunks.cache
+  caches = _bytes((state.slots, state.ring, trunks))
+  result['temp'], result['caches'] = program.memory_analysis().temp_size_in_bytes, caches
   return {**result, 'logits': _next_logits(engine.model, params, prompts.tokens)}
+
+
+def _whole(work, folder, repeats, shape):
+  """The same engine without trunks."""
+  return _ours(work, folder, repeats, shape, share_trunks=False)
 
 
 def _bytes(tree):

@@ -14,6 +14,7 @@ name (seed, stage, visit, uid, sample) only, up to float ties: not on rows, batc
 2. Prompts are dealt to groups by their number of tasks, so that groups get nearly equal queues; when one
    prompt has far more than the others, the queues of all groups grow to a power of two times Q / G.
 3. At most so many prompts are held at a time as keep the rows busy; the others wait for their turn.
+4. Prompts that begin alike are cut in trunk and branch where that is less work (`trunks`, `_choose`).
 """
 
 from collections.abc import Callable
@@ -26,7 +27,7 @@ import numpy as np
 
 from spct_jax import sharding
 from spct_jax.models.transformer import Transformer
-from spct_jax.sampling import keys, loop
+from spct_jax.sampling import keys, loop, trunks
 from spct_jax.types import PromptBatch, Rollouts, Tasks
 
 _ALL = 2**30  # steps: more than any run takes
@@ -35,6 +36,8 @@ _WIDTHS = sorted(m << i for m in (1, 3) for i in range(24))
 _SLOTS = sorted({m << i for m in range(8, 16) for i in range(24)} | set(range(1, 8)))
 # What a step's work is made of, in seats of one slot: to read one more slot, and a row with all that is not its prompt.
 _SLOT, _ROW = 16, 4
+_POSITIONS = 1024  # of the slot that is meant
+_GAIN = 0.9  # a cut has to leave this much of the work at most, so that chance does not choose a program
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +46,7 @@ class Engine:
 
   `cache_rules` place the caches (sharding rules; paths 'prompt/period/0/k', 'rows/head/0/v', ...; shape
   [slots or rows, M, positions, hd]). A task ends with one of `eos_ids`, or after `max_new_tokens`.
+  With `share_trunks` what prompts begin with alike is computed, held and read once, where that is worth it.
   """
 
   model: Transformer
@@ -53,6 +57,7 @@ class Engine:
   eos_ids: tuple[int, ...]
   seed: int
   stage: str
+  share_trunks: bool = True
 
   def __post_init__(self):
     for name in ('rows', 'max_new_tokens'):
@@ -74,7 +79,10 @@ class Engine:
     return loop.Settings(self.model, self.mesh, rules, self.max_new_tokens, tuple(map(int, self.eos_ids)))
 
   def cache_shardings(self, num_prompts: int, prompt_length: int) -> dict | None:
-    """{'prompt': tree, 'rows': tree} of NamedShardings, of caches as large as `generate` makes at most."""
+    """{'prompt': tree, 'rows': tree} of NamedShardings, of caches as large as `generate` makes at most.
+
+    Caches of trunks and of branches lie as those of prompts do, and both together are never larger.
+    """
     if self.mesh is None:
       return None
     G = self._settings.groups
@@ -135,9 +143,8 @@ class Engine:
     _check(prompts, tasks, self.model.config.vocab_size, limits, T)
     if not tasks.row_mask.any():
       return None, None, None
-    dealt, *host = _deal(prompts, tasks, limits, settings.groups)
-    Q, P = dealt.shape[1], prompts.tokens.shape[1]
-    sizes = _sizes(host[0].number, Q, min(_parts(self.rows, settings.groups), Q), P)
+    cut, sizes = _choose(prompts, tasks, settings.groups, self.rows, T, self.share_trunks)
+    dealt, *host = _deal(prompts, tasks, limits, settings.groups, cut)
     dealt_prompts, queue = _put(host, self.mesh)
     root = np.asarray(jax.random.key_data(keys.root_key(self.seed, self.stage)))
     weights, state = loop.start(settings, sizes, params, dealt_prompts, queue)
@@ -175,32 +182,64 @@ def _put(tree, mesh):
   return sharding.to_device(tree, where)
 
 
-def _deal(prompts: PromptBatch, tasks: Tasks, limits: np.ndarray, G: int):
-  """-> dealt int[G, q] (which task stands where in the queues, -1 = none), Prompts, Queue."""
-  Q, (U, P) = len(tasks.prompt), prompts.tokens.shape
-  prompt = np.where(tasks.row_mask, tasks.prompt, 0)
-  counts = np.bincount(prompt[tasks.row_mask], minlength=U)
+def _counts(prompts: PromptBatch, tasks: Tasks) -> np.ndarray:
+  """int[U]: how many tasks each prompt has."""
+  return np.bincount(tasks.prompt[tasks.row_mask], minlength=len(prompts.length))
+
+
+def _places(counts: np.ndarray, G: int):
+  """Prompts to groups -> group[U], place[U], and the tasks at each place, number[G, U / G]."""
+  U = len(counts)
   rank = np.empty(U, int)
   rank[np.argsort(-counts, kind='stable')] = np.arange(U)
   # To and fro (0 1 2 2 1 0 0 1 ...), so that no group gets the larger one every time.
   place, group = rank // G, rank % G
   group = np.where(place % 2, G - 1 - group, group)
-
-  shape = (G, _parts(U, G))
-  tokens, length, number = np.zeros((*shape, P), np.int32), np.ones(shape, np.int32), np.zeros(shape, np.int32)
-  # Padding becomes token 0: an id outside the embedding table would be NaN, and 0 weight times NaN is NaN.
-  real = np.arange(P)[None, :] < prompts.length[:, None]
-  tokens[group, place], length[group, place] = np.where(real, prompts.tokens, 0), np.clip(prompts.length, 1, P)
+  number = np.zeros((G, _parts(U, G)), np.int32)
   number[group, place] = counts
+  return group, place, number
+
+
+def _room(Q: int, number: np.ndarray) -> int:
+  """Places in the queue of each group."""
+  room = _parts(Q, len(number))
+  while room < number.sum(axis=1).max():
+    room *= 2
+  return room
+
+
+def _slices(prompts: PromptBatch, begin: np.ndarray, size: int) -> np.ndarray:
+  """int32[n, size]: tokens of each prompt from `begin` on.
+
+  Padding becomes token 0: an id outside the embedding table would be NaN, and 0 weight times NaN is NaN.
+  """
+  at = begin[:, None] + np.arange(size)[None, :]
+  tokens = np.take_along_axis(prompts.tokens, np.minimum(at, prompts.tokens.shape[1] - 1), axis=1)
+  return np.where(at < prompts.length[:, None], tokens, 0)
+
+
+def _deal(prompts: PromptBatch, tasks: Tasks, limits: np.ndarray, G: int, cut: trunks.Cut | None = None):
+  """-> dealt int[G, q] (which task stands where in the queues, -1 = none), Prompts, Queue."""
+  Q, (U, P) = len(tasks.prompt), prompts.tokens.shape
+  prompt = np.where(tasks.row_mask, tasks.prompt, 0)
+  counts = _counts(prompts, tasks)
+  if cut is None:
+    group, place, number = _places(counts, G)
+    here, begin, size, more = np.arange(U), np.zeros(U, int), P, {}
+  else:
+    places = trunks.deal(counts, cut, G)
+    group, place, number = places.group, places.place, places.number
+    here, begin, size = np.flatnonzero(cut.trunk >= 0), np.maximum(cut.length[cut.trunk], 0), cut.rest
+    more = _trunk_arrays(prompts, cut, places, here)
+  tokens, length = np.zeros((*number.shape, size), np.int32), np.ones(number.shape, np.int32)
+  at = group[here], place[here]
+  tokens[at], length[at] = _slices(prompts, begin, size)[here], np.clip(prompts.length - begin, 1, size)[here]
 
   queues = []
   for g in range(G):
     queue = np.flatnonzero(tasks.row_mask & (group[prompt] == g))
     queues.append(queue[np.argsort(place[prompt[queue]], kind='stable')])  # the tasks of a prompt side by side
-  room = _parts(Q, G)
-  while room < max(map(len, queues)):
-    room *= 2
-  dealt = np.full((G, room), -1)
+  dealt = np.full((G, _room(Q, number)), -1)
   for g, queue in enumerate(queues):
     dealt[g, :len(queue)] = queue
   here = np.maximum(dealt, 0)
@@ -210,6 +249,7 @@ def _deal(prompts: PromptBatch, tasks: Tasks, limits: np.ndarray, G: int):
       length=length,
       first=np.cumsum(number, axis=1, dtype=np.int32) - number,
       number=number,
+      **more,
   )
   return dealt, dealt_prompts, loop.Queue(
       count=number.sum(axis=1, dtype=np.int32),
@@ -222,6 +262,70 @@ def _deal(prompts: PromptBatch, tasks: Tasks, limits: np.ndarray, G: int):
       top_k=tasks.top_k[here].astype(np.int32),
       min_p=tasks.min_p[here].astype(np.float32),
   )
+
+
+def _trunk_arrays(prompts: PromptBatch, cut: trunks.Cut, places: trunks.Dealt, here: np.ndarray) -> dict:
+  """What `loop.Prompts` says of trunks; `here` are the prompts with tasks."""
+  G, V = places.source.shape
+  one = np.zeros(len(cut.length), int)
+  one[cut.trunk[here]] = here  # any of the prompts that continue a trunk begins with it
+  real, source = places.source >= 0, np.maximum(places.source, 0)
+  length = np.where(real, cut.length[source], 0).astype(np.int32)
+  tokens = _slices(prompts, np.zeros(len(prompts.length), int), cut.size)[one][source]
+  trunk = np.zeros((G, V), np.int32)
+  trunk[places.group[here], places.place[here]] = places.trunk[here]
+  return dict(
+      trunk=trunk,
+      trunks=loop.Trunks(
+          count=real.sum(axis=1, dtype=np.int32),
+          tokens=np.where(np.arange(cut.size)[None, None, :] < length[..., None], tokens, 0),
+          length=length,
+          end=places.end,
+      ),
+  )
+
+
+def _choose(prompts: PromptBatch, tasks: Tasks, G: int, rows: int, T: int, share_trunks: bool):
+  """-> the cut of the prompts, None where whole ones are as good, and the sizes. By work as estimated here.
+
+  It is counted in what one query's attention to one position costs, for one group.
+  """
+  counts, (Q, (U, P)) = _counts(prompts, tasks), (len(tasks.prompt), prompts.tokens.shape)
+
+  def work(number, held, kinds):
+    """`kinds`: sizes of prompts or trunks, their length, how many there are, and what stands before them."""
+    steps = max(1.0, number.sum(axis=1).max() / held) * T / 2
+    total = steps * held * _ROW * _POSITIONS
+    for sizes, length, there, before in kinds:
+      total += steps * sizes.slots * (sizes.width + _SLOT) * length
+      # Tokens side by side cost half of a row each.
+      total += (there > 0).sum(axis=1).max() * length * (before + length / 2 + _ROW * _POSITIONS / 2)
+    return total
+
+  number = _places(counts, G)[2]
+  room = _room(Q, number)
+  held = min(_parts(rows, G), room)
+  sizes = _sizes(number, room, held, P)
+  best = work(number, held, [(sizes, P, number, 0)]), None, sizes
+  for cut in trunks.cuts(prompts, tasks) if share_trunks else ():
+    dealt = trunks.deal(counts, cut, G)
+    room = _room(Q, dealt.number)
+    held = min(_parts(rows, G), room)
+    there = (dealt.source >= 0).sum(axis=1).max()
+    of_trunks = dealt.trunk_number[:, : next(width for width in _WIDTHS if width >= there)]
+    branch, trunk = _sizes(dealt.number, room, held, cut.rest), _sizes(of_trunks, room, held, cut.size)
+    # Never more than whole prompts would take.
+    slots = min(branch.slots, _parts(U, G))
+    sizes = loop.Sizes(
+        held, slots, branch.width, min(branch.batch, slots), min(trunk.slots, slots), trunk.width,
+        min(trunk.batch, trunk.slots, slots),
+    )
+    cost = work(
+        dealt.number, held, [(branch, cut.rest, dealt.number, cut.size), (trunk, cut.size, dealt.trunk_number, 0)]
+    )
+    if cost < _GAIN * best[0]:
+      best = cost, cut, sizes
+  return best[1:]
 
 
 def _sizes(number: np.ndarray, Q: int, rows: int, P: int) -> loop.Sizes:

@@ -15,6 +15,11 @@ After either one, free rows take waiting tasks: those of the earliest prompt fir
 seat. A slot whose prompt has no task left is free. So a prompt is computed once, kept once and read
 once a step, and rows go on with the next prompts while the last samples of the earlier ones end.
 
+Prompts that begin alike, as the orders of an example do, may be cut in two (`trunks` chooses): what they share is a
+*trunk*, kept in a trunk slot that seats the rows of all of them, and a prompt's slot holds its rest, the *branch*,
+alone. There is then a third thing to do, before the other two: to load trunks into free trunk slots; only prompts
+whose trunk is there are filled, and a trunk leaves when no prompt of it has a task left.
+
 A row that starts feeds the *last* token of its prompt, so no logits of the prefill are ever needed, and
 a prompt of one token leaves its slot empty. With T = 4, at clock 5, for a row that began at clock 4:
 
@@ -36,7 +41,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from spct_jax import sharding
 from spct_jax.models import blockwise, kv_cache, unrolled
 from spct_jax.models.transformer import Transformer
-from spct_jax.sampling import decoding, keys, shared
+from spct_jax.sampling import decoding, keys, shared, suffixes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,18 +65,37 @@ class Settings:
 
 
 class Sizes(NamedTuple):
-  """Of one group: rows R, slots S, seats of a slot W, prompts that are prefilled at once B <= S."""
+  """Of one group: rows R, slots S, seats of a slot W, prompts that are prefilled at once B <= S.
+
+  The same of trunks, Z of them; 0 where prompts are whole.
+  """
 
   rows: int
   slots: int
   width: int
   batch: int
+  trunk_slots: int = 0
+  trunk_width: int = 0
+  trunk_batch: int = 0
+
+
+class Trunks(NamedTuple):
+  """What prompts share, by group: `tokens[G, V, Pt]`, `length[G, V]`; `count[G]` are real.
+
+  The prompts that continue trunk v stand side by side, before `end[v]`.
+  """
+
+  count: jax.Array
+  tokens: jax.Array
+  length: jax.Array
+  end: jax.Array
 
 
 class Prompts(NamedTuple):
   """Prompts by group, those without a task last: `tokens[G, U, P]`, the rest [G, U]; `count[G]` have tasks.
 
-  The tasks of prompt u are `number[u]` of the queue from `first[u]` on.
+  The tasks of prompt u are `number[u]` of the queue from `first[u]` on. With trunks, tokens and length are those of
+  the branches, of one token at least, and `trunk[G, U]` says which trunk each continues.
   """
 
   count: jax.Array
@@ -79,6 +103,8 @@ class Prompts(NamedTuple):
   length: jax.Array
   first: jax.Array
   number: jax.Array
+  trunk: jax.Array | None = None
+  trunks: Trunks | None = None
 
 
 class Queue(NamedTuple):
@@ -93,6 +119,14 @@ class Queue(NamedTuple):
   top_p: jax.Array
   top_k: jax.Array
   min_p: jax.Array
+
+
+class Loaded(NamedTuple):
+  """The trunk slots: `head[G]` is the next trunk to load, `trunk[G, Z]` what each slot holds (V = free)."""
+
+  head: jax.Array
+  trunk: jax.Array
+  cache: dict  # over all G * Z slots, Pt positions
 
 
 class State(NamedTuple):
@@ -113,6 +147,7 @@ class State(NamedTuple):
   tokens: jax.Array  # [G, Q, T]
   logp: jax.Array  # [G, Q, T]
   length: jax.Array  # [G, Q], tokens generated
+  trunks: Loaded | None
 
 
 def empty_cache(settings: Settings, name: str, batch: int, length: int) -> dict:
@@ -147,7 +182,11 @@ def start(settings: Settings, sizes: Sizes, params: dict, prompts: Prompts, queu
   """The weights as `advance` wants them (`unrolled`: of scanned layers a copy), and the state before the first step."""
   (G, Q), (U, P), T = queue.visit.shape, prompts.tokens.shape[1:], settings.max_new_tokens
   zeros = lambda *shape: _by_rows(settings, jnp.zeros((G, *shape), jnp.int32))
-  rows = zeros(sizes.rows)
+  rows, trunks = zeros(sizes.rows), None
+  if sizes.trunk_slots:
+    V, Pt = prompts.trunks.tokens.shape[1:]
+    cache = empty_cache(settings, 'prompt', G * sizes.trunk_slots, Pt)
+    trunks = Loaded(zeros(), zeros(sizes.trunk_slots) + V, cache)
   return unrolled.params(settings.model.config, params), State(
       clock=jnp.int32(0),
       fills=jnp.int32(0),
@@ -164,6 +203,7 @@ def start(settings: Settings, sizes: Sizes, params: dict, prompts: Prompts, queu
       tokens=zeros(Q, T),
       logp=zeros(Q, T).astype(jnp.float32),
       length=zeros(Q),
+      trunks=trunks,
   )
 
 
@@ -183,14 +223,23 @@ def advance(
   def unfinished(state):
     return (state.clock < until) & (state.done.sum() < total)
 
+  def can_prefill(state):
+    fill = _can_fill(sizes, prompts, state)
+    return fill | _can_load(sizes, prompts, state) if sizes.trunk_slots else fill
+
   def fill_then_decode(state):
-    # Two loops in place of a choice: a branch inside a loop would copy what it carries.
+    # Loops in place of a choice: a branch inside a loop would copy what it carries.
+    if sizes.trunk_slots:
+      state = jax.lax.while_loop(
+          lambda state: _can_load(sizes, prompts, state),
+          lambda state: _load(settings, sizes, weights, prompts, state), state,
+      )
     state = jax.lax.while_loop(
         lambda state: _can_fill(sizes, prompts, state),
         lambda state: _fill(settings, sizes, weights, prompts, state), state,
     )
     return jax.lax.while_loop(
-        lambda state: unfinished(state) & ~_can_fill(sizes, prompts, state),
+        lambda state: unfinished(state) & ~can_prefill(state),
         lambda state: _step(settings, sizes, weights, task_keys, prompts, queue, state), state,
     )
 
@@ -201,45 +250,98 @@ def advance(
 # --- prompts
 
 
+def _can_load(sizes: Sizes, prompts: Prompts, state: State):
+  """Whether a group has trunks to come and free trunk slots for the next of them."""
+  free = state.trunks.trunk == prompts.trunks.length.shape[1]
+  return _fits(free, prompts.trunks.count - state.trunks.head, sizes.trunk_batch)
+
+
+def _load(settings: Settings, sizes: Sizes, weights: dict, prompts: Prompts, state: State) -> State:
+  """The next trunks of every group into its free trunk slots."""
+  held, V = state.trunks, prompts.trunks.length.shape[1]
+  place, new = _next(held.trunk == V, held.head, prompts.trunks.count - held.head, sizes.trunk_batch)
+  cache = _prefill(settings, weights, _of(prompts.trunks.tokens, new), place, held.cache)
+  loaded = (place < sizes.trunk_slots).sum(axis=1)
+  return state._replace(trunks=Loaded(held.head + loaded, _put(held.trunk, place, new), cache))
+
+
+def _ready(prompts: Prompts, state: State):
+  """[G]: prompts that wait for a slot and for nothing else."""
+  if prompts.trunks is None:
+    return prompts.count - state.head
+  loaded = state.trunks.head
+  return jnp.where(loaded > 0, _of(prompts.trunks.end, loaded[:, None] - 1)[:, 0], 0) - state.head
+
+
 def _can_fill(sizes: Sizes, prompts: Prompts, state: State):
   """Whether a group has prompts to come and free slots for the next B of them."""
-  waiting = prompts.count - state.head
-  free = (state.prompt == prompts.length.shape[1]).sum(axis=1)
-  return ((waiting > 0) & (free >= jnp.minimum(sizes.batch, waiting))).any()
+  return _fits(state.prompt == prompts.length.shape[1], _ready(prompts, state), sizes.batch)
 
 
 def _fill(settings: Settings, sizes: Sizes, weights: dict, prompts: Prompts, state: State) -> State:
   """The next prompts of every group into its free slots, at most B."""
-  (G, U), B, S = prompts.length.shape, sizes.batch, sizes.slots
-  free = state.prompt == U
-  rank = jnp.where(free, jnp.cumsum(free, axis=1) - 1, B)
-  index = jnp.broadcast_to(jnp.arange(S, dtype=jnp.int32)[None, :], (G, S))
-  place = jax.vmap(lambda rank, index: jnp.full(B, S, jnp.int32).at[rank].set(index, mode='drop'))(rank, index)
-  new = state.head[:, None] + jnp.arange(B, dtype=jnp.int32)[None, :]
-  real = (new < prompts.count[:, None]) & (place < S)
-  place, new = jnp.where(real, place, S), jnp.minimum(new, U - 1)
+  place, new = _next(state.prompt == prompts.length.shape[1], state.head, _ready(prompts, state), sizes.batch)
+  real, before = place < sizes.slots, None
+  if sizes.trunk_slots:
+    trunk = _of(prompts.trunk, new)
+    slot = jnp.where(real, _slot_of(state.trunks, trunk), 0)
+    # Those of one trunk side by side, as `suffixes` wants them.
+    place, new, slot, trunk = (jnp.take_along_axis(x, jnp.argsort(slot, axis=1), 1) for x in (place, new, slot, trunk))
+    before = slot, _of(prompts.trunks.length, trunk), state.trunks.cache
 
-  cache = _prefill(settings, weights, _of(prompts.tokens, new), place, state.slots)
-  put = jax.vmap(lambda out, place, value: out.at[place].set(value, mode='drop'))
+  cache = _prefill(settings, weights, _of(prompts.tokens, new), place, state.slots, before)
   state = state._replace(
       fills=state.fills + 1,
       head=state.head + real.sum(axis=1),
-      prompt=put(state.prompt, place, new),
-      taken=put(state.taken, place, _of(prompts.first, new)),
+      prompt=_put(state.prompt, place, new),
+      taken=_put(state.taken, place, _of(prompts.first, new)),
       slots=cache,
   )
   return _admit(sizes, prompts, state)
 
 
-def _prefill(settings, weights, tokens, place, cache):
-  """Keys and values of tokens[G, B, P] in the slots `place`. What padding and a prompt's last token write is unseen."""
+def _fits(free, waiting, batch):
+  return ((waiting > 0) & (free.sum(axis=1) >= jnp.minimum(batch, waiting))).any()
+
+
+def _next(free, head, waiting, batch):
+  """The next `batch` of each group from `head[G]` on -> their places in `free[G, S]` (S: there is none), themselves."""
+  G, S = free.shape
+  rank = jnp.where(free, jnp.cumsum(free, axis=1) - 1, batch)
+  index = jnp.broadcast_to(jnp.arange(S, dtype=jnp.int32)[None, :], (G, S))
+  place = jax.vmap(lambda rank, index: jnp.full(batch, S, jnp.int32).at[rank].set(index, mode='drop'))(rank, index)
+  count = jnp.arange(batch, dtype=jnp.int32)[None, :]
+  return jnp.where(count < waiting[:, None], place, S), head[:, None] + count
+
+
+def _put(out, place, value):
+  return jax.vmap(lambda out, place, value: out.at[place].set(value, mode='drop'))(out, place, value)
+
+
+def _slot_of(loaded: Loaded, trunk):
+  """The trunk slots [G, m] that hold `trunk[G, m]`; slot 0 where none does."""
+  return (loaded.trunk[:, None, :] == trunk[:, :, None]).argmax(axis=2).astype(jnp.int32)
+
+
+def _prefill(settings, weights, tokens, place, cache, before=None):
+  """Keys and values of tokens[G, B, P] in the slots `place`. What padding and a prompt's last token write is unseen.
+
+  `before`: trunk slots [G, B], how many tokens of them are seen [G, B], and their cache.
+  """
   model, (G, B, P) = settings.decoder, tokens.shape
   flat = _by_rows(settings, tokens.reshape(G * B, P))
   positions = jnp.broadcast_to(jnp.arange(P)[None, :], flat.shape)
+  if before is not None:
+    slot, held, trunks = before
+    positions += held.reshape(-1, 1)
+    rows = suffixes.Rows(slot, held, positions.reshape(G, B, P), None)
 
   def attend(ref, q, k, v, cache):
-    scale, softcap = model.config.score_scale(ref.config), model.config.attn_softcap
-    out = blockwise.causal(q, k, v, scale, ref.config.window, softcap)
+    scale, softcap, window = model.config.score_scale(ref.config), model.config.attn_softcap, ref.config.window
+    if before is None:
+      out = blockwise.causal(q, k, v, scale, window, softcap)
+    else:
+      out = suffixes.attend(q, (k, v), kv_cache.read(trunks, ref), rows, scale, window, softcap)
     groups = lambda x: x.reshape(G, B, *x.shape[1:])
     return out, kv_cache.write_rows(cache, ref, groups(k), groups(v), place)
 
@@ -289,25 +391,52 @@ def _logits(settings, sizes, weights, prompts, t, state):
   """float32[G * R, V] after every row has fed its token, and the ring with it."""
   model, T, P, W = settings.decoder, settings.max_new_tokens, prompts.tokens.shape[2], sizes.width
   held = _of(prompts.length, state.prompt) - 1  # [G, S]: each slot's prompt without its last token
-  positions = (_of(held, state.slot) + t).reshape(-1)
+  before = jnp.zeros_like(held)  # [G, S]: tokens of its trunk
+  if sizes.trunk_slots:
+    before = _of(prompts.trunks.length, _of(prompts.trunk, state.prompt))
+  positions = (_of(before + held, state.slot) + t).reshape(-1)
   seating = shared.seats(state.slot, sizes.slots, W)
   index, age = jnp.arange(P)[None, None, :], ((state.clock - jnp.arange(T)) % T)[None, None, :]
   seated = shared.move(positions, seating.row).reshape(-1, W, 1)
   in_prompt = jnp.broadcast_to(index < held.reshape(-1, 1, 1), (held.size, W, P))
   since_start = age <= t.reshape(-1, 1, 1)
+  trunks = _trunks(sizes, prompts, positions, state) if sizes.trunk_slots else None
 
   def attend(ref, q, k, v, ring):
     ring = kv_cache.write(ring, ref, k, v, state.clock % T)
     window, masks = ref.config.window, (in_prompt, since_start)
     if window is not None:
-      masks = in_prompt & (seated - index < window), since_start & (age < window)
+      masks = in_prompt & (seated - before.reshape(-1, 1, 1) - index < window), since_start & (age < window)
     cached = kv_cache.read(state.slots, ref), kv_cache.read(ring, ref)
     scale, softcap = model.config.score_scale(ref.config), model.config.attn_softcap
-    return shared.attend(q, *cached, seating, *masks, scale, softcap), ring
+    return shared.attend(q, *cached, seating, *masks, scale, softcap, trunks and trunks(ref)), ring
 
   x = _by_rows(settings, model.embed(weights, state.token.reshape(-1, 1)))
   x, ring = model.run_layers(weights, x, positions[:, None], attend, state.ring)
   return model.unembed(weights, x)[:, 0], _place_cache(settings, 'rows', ring)
+
+
+def _trunks(sizes, prompts, positions, state):
+  """Of a layer, the part of the attention to trunks; `positions[G * R]` are those of the queries."""
+  at = _trunk_slots(sizes, prompts, state)
+  seating = shared.seats(_or(at, state.slot, sizes.trunk_slots), sizes.trunk_slots, sizes.trunk_width)
+  index = jnp.arange(prompts.trunks.tokens.shape[2])[None, None, :]
+  seated = shared.move(positions, seating.row).reshape(-1, sizes.trunk_width, 1)
+  held = _of(prompts.trunks.length, state.trunks.trunk).reshape(-1, 1, 1)
+
+  def of_layer(ref):
+    mask = jnp.broadcast_to(index < held, (*seated.shape[:2], index.size))
+    if ref.config.window is not None:
+      mask &= seated - index < ref.config.window
+    return shared.Trunks(*kv_cache.read(state.trunks.cache, ref), seating, mask)
+
+  return of_layer
+
+
+def _trunk_slots(sizes, prompts, state):
+  """[G, S]: where the trunk of each slot's prompt is; Z for a free slot."""
+  at = _slot_of(state.trunks, _of(prompts.trunk, state.prompt))
+  return jnp.where(state.prompt < prompts.length.shape[1], at, sizes.trunk_slots)
 
 
 def _admit(sizes: Sizes, prompts: Prompts, state: State) -> State:
@@ -320,6 +449,11 @@ def _admit(sizes: Sizes, prompts: Prompts, state: State) -> State:
   seated = (state.slot[:, :, None] == slots).sum(axis=1)
   offered = jnp.minimum(waiting, sizes.width - seated)
   earlier = state.prompt[:, None, :] < state.prompt[:, :, None]
+  if sizes.trunk_slots:
+    at = _trunk_slots(sizes, prompts, state)
+    same = at[:, None, :] == at[:, :, None]
+    used = (same * (seated[:, None, :] + earlier * offered[:, None, :])).sum(axis=2)
+    offered = jnp.clip(sizes.trunk_width - used, 0, offered)
   before = (earlier * offered[:, None, :]).sum(axis=2)  # tasks that are offered by earlier prompts
   free = state.slot == sizes.slots
   rank = (jnp.cumsum(free, axis=1) - 1)[:, :, None] - before[:, None, :]
@@ -329,14 +463,25 @@ def _admit(sizes: Sizes, prompts: Prompts, state: State) -> State:
   prompt = of_slot(state.prompt[:, None, :])
   length = _of(prompts.length, prompt)
   last = jax.vmap(lambda tokens, prompt, length: tokens[prompt, length - 1])(prompts.tokens, prompt, length)
+  stays, trunks = waiting + seated > 0, state.trunks
+  if sizes.trunk_slots:
+    to_come = state.head[:, None] < _of(prompts.trunks.end, trunks.trunk)
+    used = ((at[:, :, None] == jnp.arange(sizes.trunk_slots)[None, None, :]) & stays[:, :, None]).any(axis=1)
+    trunks = trunks._replace(trunk=jnp.where(to_come | used, trunks.trunk, prompts.trunks.length.shape[1]))
   return state._replace(
       task=jnp.where(takes, of_slot(state.taken[:, None, :] + rank), state.task),
       slot=jnp.where(takes, of_slot(slots), state.slot),
       token=jnp.where(takes, last, state.token),
       began=jnp.where(takes, state.clock, state.began),
       taken=state.taken + taken,
-      prompt=jnp.where(waiting + seated > 0, state.prompt, U),
+      prompt=jnp.where(stays, state.prompt, U),
+      trunks=trunks,
   )
+
+
+def _or(values, index, other):
+  """`_of`, but `other` behind the end."""
+  return jnp.where(index < values.shape[1], _of(values, index), other)
 
 
 def _of(values, index):

@@ -1,4 +1,4 @@
-"""Attention of many rows over few prompt caches, and over their own: two parts and their merge.
+"""Attention of many rows over few prompt caches, and over their own: parts and their merge.
 
 Rows of one prompt sit at the seats of its slot, W of them, so that what they read of the prompt is one
 product of matrices a slot and head, and the prompt's keys and values are read once for all of them:
@@ -6,16 +6,20 @@ product of matrices a slot and head, and the prompt's keys and values are read o
     prompt part   queries [Z, M, W, g, d] at the seats of Z slots, keys [Z, M, P, d]
     own part      queries [R, M, 1, g, d] of R rows,               keys [R, M, T, d]
 
-Each part gives, per query, its largest score t, the mass l = sum exp(s - t) and the value
-a = sum exp(s - t) v, all float32. With t* = max(t1, t2) and c_i = exp(t_i - t*) the whole attention is
+Where prompts share what they begin with, that trunk is one more part of the first kind, with slots and seats of
+its own: there sit the rows of all prompts that continue it.
 
-    (c1 a1 + c2 a2) / (c1 l1 + c2 l2)
+Each part gives, per query, its largest score t, the mass l = sum exp(s - t) and the value
+a = sum exp(s - t) v, all float32. With t* = max t_i and c_i = exp(t_i - t*) the whole attention is
+
+    (c1 a1 + c2 a2 + ...) / (c1 l1 + c2 l2 + ...)
 
 A part in which a query sees nothing has the least finite score and so no weight, as long as the other part
 sees something: a row always sees the token that it feeds. Only queries and results change places between
 rows and seats; a cache never does.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -33,6 +37,15 @@ class Part(NamedTuple):
   top: jax.Array
   mass: jax.Array
   value: jax.Array
+
+
+class Trunks(NamedTuple):
+  """The caches [Z, M, P, d] and [Z, M, P, e] that several prompts continue, who sits there and what he sees."""
+
+  k: jax.Array
+  v: jax.Array
+  seating: 'Seats'
+  mask: jax.Array  # bool[Z, W, P]
 
 
 class Seats(NamedTuple):
@@ -82,12 +95,12 @@ def part(
   return Part(top, weights.sum(axis=-1), value)
 
 
-def merge(a: Part, b: Part) -> Float[Array, 'B M W g e']:
-  """The attention over the keys of both parts, float32."""
-  top = jnp.maximum(a.top, b.top)
-  ca, cb = jnp.exp(a.top - top), jnp.exp(b.top - top)
-  mass = ca * a.mass + cb * b.mass
-  return (ca[..., None] * a.value + cb[..., None] * b.value) / mass[..., None]
+def merge(*parts: Part) -> Float[Array, 'B M W g e']:
+  """The attention over the keys of all parts, float32."""
+  top = functools.reduce(jnp.maximum, [part.top for part in parts])
+  weights = [jnp.exp(part.top - top) for part in parts]
+  mass = sum(weight * part.mass for weight, part in zip(weights, parts))
+  return sum(weight[..., None] * part.value for weight, part in zip(weights, parts)) / mass[..., None]
 
 
 def attend(
@@ -99,14 +112,21 @@ def attend(
     own_mask: Bool[Array, 'R 1 T'],
     scale: float,
     softcap: int | float | None,
+    trunks: Trunks | None = None,
 ) -> Float[Array, 'R 1 H e']:
   """One query a row over its prompt and its own tokens. R and Z count all groups, one group after the other."""
-  (R, _, H, d), (Z, M), W = q.shape, prompt[0].shape[:2], prompt_mask.shape[1]
-  e = prompt[1].shape[-1]
+  (R, _, H, d), M, e = q.shape, prompt[0].shape[1], prompt[1].shape[-1]
   q = q.reshape(R, M, H // M, d)
-  at_seats = move(q, seating.row).reshape(Z, W, M, H // M, d).swapaxes(1, 2)
-  shared = part(at_seats, *prompt, prompt_mask, scale, softcap)
-  # [Z, M, W, ...] at the seats -> [R, M, 1, ...] of the rows
-  back = lambda x: move(x.swapaxes(1, 2).reshape(Z * W, M, *x.shape[3:]), seating.seat)[:, :, None]
-  out = merge(Part(*map(back, shared)), part(q[:, :, None], *own, own_mask, scale, softcap))
-  return out.reshape(R, 1, H, e).astype(q.dtype)
+
+  def seated(k, v, seating, mask):
+    Z, W, _ = mask.shape
+    at_seats = move(q, seating.row).reshape(Z, W, M, H // M, d).swapaxes(1, 2)
+    found = part(at_seats, k, v, mask, scale, softcap)
+    # [Z, M, W, ...] at the seats -> [R, M, 1, ...] of the rows
+    back = lambda x: move(x.swapaxes(1, 2).reshape(Z * W, M, *x.shape[3:]), seating.seat)[:, :, None]
+    return Part(*map(back, found))
+
+  parts = [seated(*prompt, seating, prompt_mask), part(q[:, :, None], *own, own_mask, scale, softcap)]
+  if trunks is not None:
+    parts.append(seated(*trunks))
+  return merge(*parts).reshape(R, 1, H, e).astype(q.dtype)

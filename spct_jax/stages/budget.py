@@ -84,7 +84,10 @@ def _learner(config, mesh, rules, stage, decoder):
 
 
 def _caches(config, mesh, decoder):
-  """Prompt slots (at most as many as prompts) and rows of the engine, padded to what the mesh divides."""
+  """Prompt slots (at most as many as prompts) and rows of the engine, padded to what the mesh divides.
+
+  Where prompts are cut in trunks and branches, the slots of both together never hold more than those of whole prompts.
+  """
   ways = sharding.data_ways(mesh)
   fields = config.judge
   out = []

@@ -4,9 +4,14 @@ Mutations seen to fail here: chunks in the order of the items; a chunk read befo
 chunk forgotten; a failure that loses the chunk before it.
 """
 
+import dataclasses
+
+import numpy as np
 import pytest
 
+from spct_jax import types
 from spct_jax.judges import grm, prompts
+from spct_jax.sampling import trunks
 from spct_jax.testing import scripted
 from spct_jax.text import tokenizer as tokenizers
 from spct_jax.types import Example, Message
@@ -85,3 +90,24 @@ def test_judging_keeps_the_order_of_the_items(examples):
   judged = grm.judge(judge([]), examples, samples=2, stage='x')
   assert [[t.uid for t in group] for group in judged.grouped] == [[uid] * 2 for uid in WORDS]
   assert judged.judgments.scores.tolist() == [[[8, 3]] * 2] * 5
+
+
+# Seen to fail when an item's tasks are named by its orders (its prompts are then cut apart).
+def test_orders_of_an_item_are_one_trunk_for_the_engine():
+  given = []
+
+  def generate(batch, tasks, infos):
+    given.append((batch, tasks, infos))
+    return types.Rollouts(np.zeros((12, 1), np.int32), np.zeros((12, 1), np.float32), np.zeros((12, 1), bool))
+
+  items = [
+      Example(uid=uid, messages=(Message('user', ' '.join([word] * 150)),), responses=('yes', 'no', 'perhaps'), label=0)
+      for uid, word in (('a', 'why'), ('b', 'how'))
+  ]
+  scripted_judge = dataclasses.replace(judge([]), generate=generate)
+  settings = dataclasses.replace(scripted_judge.settings, chunk_prompts=12, chunk_tasks=12)
+  grm.judge(dataclasses.replace(scripted_judge, settings=settings), items, samples=6, stage='x')
+  (batch, tasks, infos), = given
+  cut = trunks.cuts(batch, tasks)[0]
+  assert len({(info.uid, info.order) for info in infos}) > 6 and len(cut.length) == 2 and cut.length.min() > 150
+  assert len({(info.uid, cut.trunk[prompt]) for info, prompt in zip(infos, tasks.prompt)}) == 2

@@ -25,6 +25,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import numpy as np
 
 from spct_jax import sharding
+from spct_jax.models import unrolled
 from spct_jax.models.transformer import Transformer
 from spct_jax.sampling import keys, loop
 from spct_jax.types import PromptBatch, Rollouts, Tasks
@@ -43,6 +44,7 @@ class Engine:
 
   `cache_rules` place the caches (sharding rules; paths 'prompt/period/0/k', 'rows/head/0/v', ...; shape
   [slots or rows, M, positions, hd]). A task ends with one of `eos_ids`, or after `max_new_tokens`.
+  Parameters may be the model's own, or have their layers side by side (`unrolled`), which saves a copy at each call.
   """
 
   model: Transformer
@@ -140,8 +142,10 @@ class Engine:
     sizes = _sizes(host[0].number, Q, min(_parts(self.rows, settings.groups), Q), P)
     dealt_prompts, queue = _put(host, self.mesh)
     root = np.asarray(jax.random.key_data(keys.root_key(self.seed, self.stage)))
-    weights, state = loop.start(settings, sizes, params, dealt_prompts, queue)
-    return dealt, (settings, sizes, weights, root, dealt_prompts, queue), state
+    # Layers that stand alone pass by the program, whose results would be copies of them.
+    alone = unrolled.alone(params)
+    weights, state = loop.start(settings, sizes, {} if alone else params, dealt_prompts, queue)
+    return dealt, (settings, sizes, params if alone else weights, root, dealt_prompts, queue), state
 
   def _rollouts(self, Q, dealt, state) -> Rollouts:
     """The state's results in the order of the tasks; empty rows for padding."""

@@ -144,7 +144,11 @@ def _by_rows(settings, x):
 
 @functools.partial(jax.jit, static_argnames=('settings', 'sizes'))
 def start(settings: Settings, sizes: Sizes, params: dict, prompts: Prompts, queue: Queue) -> tuple[dict, State]:
-  """The weights as `advance` wants them (`unrolled`: of scanned layers a copy), and the state before the first step."""
+  """The weights as `advance` wants them, and the state before the first step.
+
+  `params` are those of a model with stacked layers, of which the weights are a copy; or nothing, `{}`, where the caller
+  has the weights: parameters whose layers stand side by side (`unrolled`).
+  """
   (G, Q), (U, P), T = queue.visit.shape, prompts.tokens.shape[1:], settings.max_new_tokens
   zeros = lambda *shape: _by_rows(settings, jnp.zeros((G, *shape), jnp.int32))
   rows = zeros(sizes.rows)

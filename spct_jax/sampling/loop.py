@@ -35,6 +35,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from spct_jax import sharding
 from spct_jax.models import blockwise, kv_cache, unrolled
+from spct_jax.models.int8 import Int8
 from spct_jax.models.transformer import Transformer
 from spct_jax.sampling import decoding, keys, shared
 
@@ -48,6 +49,7 @@ class Settings:
   cache_rules: tuple
   max_new_tokens: int
   eos_ids: tuple[int, ...]
+  cache_dtype: str | None = None  # None: the model's
 
   @property
   def groups(self) -> int:
@@ -117,22 +119,34 @@ class State(NamedTuple):
 
 def empty_cache(settings: Settings, name: str, batch: int, length: int) -> dict:
   """Zeros of the model's cache, placed by the rules; `name` is 'prompt' or 'rows', the root of the paths."""
-  return _place_cache(settings, name, kv_cache.init(settings.decoder.config, batch, length))
+  return _place_cache(settings, name, kv_cache.init(settings.decoder.config, batch, length, settings.cache_dtype))
 
 
 def cache_shardings(settings: Settings, name: str, batch: int, length: int) -> dict | None:
   """Where `empty_cache` lies; None without a mesh."""
   if settings.mesh is None:
     return None
-  shapes = jax.eval_shape(lambda: kv_cache.init(settings.decoder.config, batch, length))
-  return sharding.tree_shardings({name: shapes}, settings.cache_rules, settings.mesh)[name]
+  shapes = jax.eval_shape(lambda: kv_cache.init(settings.decoder.config, batch, length, settings.cache_dtype))
+  return cache_layout(name, shapes, settings.cache_rules, settings.mesh)
 
 
 def _place_cache(settings, name, cache):
   if settings.mesh is None:
     return cache
-  where = sharding.tree_shardings({name: cache}, settings.cache_rules, settings.mesh)[name]
-  return jax.lax.with_sharding_constraint(cache, where)
+  return jax.lax.with_sharding_constraint(cache, cache_layout(name, cache, settings.cache_rules, settings.mesh))
+
+
+def cache_layout(name: str, cache: dict, rules: sharding.Rules, mesh: jax.sharding.Mesh) -> dict:
+  """Where a cache lies. Of a pair in eight bits the values lie as a float leaf would, and the steps as they do."""
+  pair = lambda leaf: isinstance(leaf, Int8)
+  floats = jax.tree.map(lambda leaf: leaf.values if pair(leaf) else leaf, cache, is_leaf=pair)
+
+  def place(leaf, where):
+    if not pair(leaf):
+      return where
+    return Int8(where, NamedSharding(mesh, PartitionSpec(*where.spec[: leaf.step.ndim])))
+
+  return jax.tree.map(place, cache, sharding.tree_shardings({name: floats}, rules, mesh)[name], is_leaf=pair)
 
 
 def _by_rows(settings, x):

@@ -9,6 +9,7 @@ import jax
 
 from spct_jax import sharding
 from spct_jax.models import kv_cache, unrolled
+from spct_jax.sampling import loop
 from spct_jax.stages import loading, plan, processes, samplers
 from spct_jax.train import optim, state as states
 
@@ -101,9 +102,9 @@ def _caches(config, mesh, decoder):
       ('rows', fields.rows, fields.max_new_tokens),
   ):
     batch = ways * -(-batch // ways)
-    dtype = config.model.sampler_dtype
+    dtype = config.model.sampler_cache or config.model.sampler_dtype
     shapes = jax.eval_shape(lambda b=batch, s=length: kv_cache.init(decoder.config, b, s, dtype))
-    layout = sharding.tree_shardings({name: shapes}, loading.rules(config.sharding.cache_rules), mesh)[name]
+    layout = loop.cache_layout(name, shapes, loading.rules(config.sharding.cache_rules), mesh)
     out.append(plan.row(f'cache of {"prompts" if name == "prompt" else "rows"}', shapes, layout))
   return out
 

@@ -8,11 +8,12 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.sharding import NamedSharding
 import numpy as np
 
 from spct_jax import sharding
 from spct_jax.judges import grm
-from spct_jax.models import unrolled
+from spct_jax.models import int8, unrolled
 from spct_jax.models.config import ModelConfig
 from spct_jax.models.transformer import Transformer
 from spct_jax.sampling.engine import Engine
@@ -35,6 +36,7 @@ def engine(
       eos_ids=tok.eos_ids,
       seed=config.seed,
       stage=stage,
+      cache_dtype=config.model.sampler_cache or None,
   )
 
 
@@ -46,7 +48,7 @@ def view(
   Layers side by side (`unrolled`), in the sampler's dtype and layout. A leaf that is all this already is the learner's
   own array and costs nothing (decision 3): on one device with equal dtypes that is all but the layers of a scan,
   which the learner holds stacked and a loop of steps cannot read in place. Of a frozen base with adapters the view is
-  W + s A B.
+  W + s A B. With `sampler_weights` its matrices are in eight bits (`int8`), rounded from the learner's.
   """
   decoder, settings = (trained.model, trained.settings) if isinstance(trained, lora.Adapted) else (trained, None)
   base, adapters = (learner_params, {}) if settings is None else (learner_params['frozen'], learner_params['adapters'])
@@ -55,7 +57,7 @@ def view(
   leaves, places = dict(held), tuple((path, place) for path, place in sharding.leaf_paths(layout) if path not in held)
   start = time.perf_counter()
   if places:
-    leaves |= jax.block_until_ready(_make(decoder.config, config.model.sampler_dtype, places, settings)(base, adapters))
+    leaves |= jax.block_until_ready(_make(decoder.config, *_dtypes(config), places, settings)(base, adapters))
   made = jax.tree_util.tree_map_with_path(lambda path, _: leaves[_said(path)], shapes)
   size = sharding.bytes_per_device({path: leaves[path] for path, _ in places}, dict(places))
   return made, {'view_bytes': float(size), 'view_seconds': time.perf_counter() - start if places else 0.0}
@@ -63,9 +65,28 @@ def view(
 
 def abstract_view(config: Any, decoder: Transformer, mesh: Any) -> tuple[Any, Any]:
   """Shapes and shardings of the view, without making it."""
-  made = functools.partial(_cast, decoder.config, config.model.sampler_dtype)
+  made = functools.partial(_cast, decoder.config, *_dtypes(config))
   shapes = jax.eval_shape(made, decoder.abstract_params())
-  return shapes, sharding.tree_shardings(shapes, loading.rules(config.sharding.sampler_rules), mesh)
+  return shapes, int8_layout(unrolled.model(decoder).config, shapes, loading.rules(config.sharding.sampler_rules), mesh)
+
+
+def int8_layout(model: ModelConfig, shapes: Any, rules: sharding.Rules, mesh: Any) -> Any:
+  """As `sharding.tree_shardings`; a step of `int8` lies as the outputs of its matrix do and needs no rule."""
+  of = {path.rpartition('/')[0]: (path, leaf.shape) for path, leaf in sharding.leaf_paths(shapes) if int8.inputs(model, path)}
+
+  def place(path, leaf):
+    path, step = _said(path), path[-1].key == 'step'
+    name, shape = of[path.rpartition('/')[0]] if step else (path, leaf.shape)
+    spec = sharding.spec_for(name, tuple(shape), rules, mesh)
+    if step:
+      spec = jax.P(*(axes for number, axes in enumerate(spec) if number not in int8.inputs(model, name)))
+    return NamedSharding(mesh, spec)
+
+  return jax.tree_util.tree_map_with_path(place, shapes)
+
+
+def _dtypes(config):
+  return config.model.sampler_dtype, config.model.sampler_weights == 'int8'
 
 
 def own(model: ModelConfig, shapes: Any, layout: Any, base: Any, adapters: Any) -> dict[str, Any]:
@@ -89,27 +110,29 @@ def _said(path):
   return jax.tree_util.keystr(path, simple=True, separator='/')
 
 
-def _cast(model: ModelConfig, dtype: str, params: Any) -> Any:
+def _cast(model: ModelConfig, dtype: str, eight_bits: bool, params: Any) -> Any:
   """The layers side by side in the sampler's dtype."""
   params = unrolled.params(model, params)
+  if eight_bits:
+    params = int8.quantise(unrolled.model(Transformer(model)).config, params)
   return jax.tree_util.tree_map_with_path(lambda path, leaf: leaf.astype(_sampler_dtype(path, leaf, dtype)), params)
 
 
 def _sampler_dtype(path, leaf, dtype):
-  """Norm scales and routers keep their own dtype: they are few, and are multiplied in float32."""
-  own = path[-1].key == 'scale' or path[-2].key == 'router'
+  """Norm scales and routers keep their own dtype: they are few, and are multiplied in float32. So does int8."""
+  own = path[-1].key in ('scale', 'step') or path[-2].key == 'router' or leaf.dtype == np.int8
   return leaf.dtype if own else np.dtype(dtype)
 
 
 @functools.lru_cache(maxsize=None)
-def _make(model: ModelConfig, dtype: str, places: tuple, settings: lora.Settings | None):
+def _make(model: ModelConfig, dtype: str, eight_bits: bool, places: tuple, settings: lora.Settings | None):
   """One compiled merge, cast and reshard of the leaves at `places` per model, dtype, layout and adapters."""
 
   def made(base, adapters):
     if settings is not None:
       sides = unrolled.params(model, base), unrolled.params(model, adapters)
-      base = lora.merge(*sides, settings, dtype)
-    leaves = dict(sharding.leaf_paths(_cast(model, dtype, base)))
+      base = lora.merge(*sides, settings, 'float32' if eight_bits else dtype)  # to be rounded once
+    leaves = dict(sharding.leaf_paths(_cast(model, dtype, eight_bits, base)))
     return {path: leaves[path] for path, _ in places}
 
   return jax.jit(made, out_shardings=dict(places))

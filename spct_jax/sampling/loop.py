@@ -34,7 +34,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from spct_jax import sharding
-from spct_jax.models import blockwise, kv_cache, unrolled
+from spct_jax.models import kv_cache, prefill, unrolled
 from spct_jax.models.int8 import Int8
 from spct_jax.models.transformer import Transformer
 from spct_jax.sampling import decoding, keys, shared
@@ -257,12 +257,29 @@ def _prefill(settings, weights, tokens, place, cache):
 
   def attend(ref, q, k, v, cache):
     scale, softcap = model.config.score_scale(ref.config), model.config.attn_softcap
-    out = blockwise.causal(q, k, v, scale, ref.config.window, softcap)
+    out = _causal(settings, q, k, v, scale, ref.config.window, softcap)
     groups = lambda x: x.reshape(G, B, *x.shape[1:])
     return out, kv_cache.write_rows(cache, ref, groups(k), groups(v), place)
 
   x = _by_rows(settings, model.embed(weights, flat))
   return _place_cache(settings, 'prompt', model.run_layers(weights, x, positions, attend, cache)[1])
+
+
+def _causal(settings, q, k, v, scale, window, softcap):
+  """`prefill.causal` by the best means; a library's kernel runs on each device's own rows and heads."""
+  mesh = settings.mesh
+  device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+  capability = getattr(device, 'compute_capability', None)
+  by = prefill.means(device.platform, capability, str(q.dtype), q.shape[-1], v.shape[-1], softcap)
+  run = functools.partial(prefill.causal, scale=scale, window=window, softcap=softcap, by=by)
+  if mesh is None or by == 'blockwise':
+    return run(q, k, v)
+  (H, M), ways = (q.shape[2], k.shape[2]), dict(mesh.shape)['tensor']
+  # One key head may serve the query heads of every device; else a device has its query heads' own keys, or all.
+  keys = 'tensor' if M % ways == 0 else None
+  queries = 'tensor' if keys or (M == 1 and H % ways == 0) else None
+  queries, keys = (PartitionSpec(sharding.DATA_AXES, None, heads, None) for heads in (queries, keys))
+  return jax.shard_map(run, mesh=mesh, in_specs=(queries, keys, keys), out_specs=queries, check_vma=False)(q, k, v)
 
 
 # --- steps

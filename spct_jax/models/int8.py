@@ -15,7 +15,7 @@ token; latent attention's `kv_up`, which is multiplied from both sides (one perc
 There is no derivative with respect to such leaves: the learner never has them.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -52,6 +52,18 @@ def rounded(x: Float[Array, '...'], axes: tuple[int, ...]) -> Int8:
 def plain(x: Array | Int8) -> Float[Array, '...'] | Bytes[Array, '...']:
   """What enters a product in the place of `x`."""
   return x.values if isinstance(x, Int8) else x
+
+
+def kept(tree: Any, changing: jax.Array) -> Any:
+  """The tree, inside of a loop that reads it; `changing` is any number that the loop changes.
+
+  A compiler sees that the tree does not change, and would make floats of it once, before the loop: a float model
+  beside the small one, to be read at every step. What it believes to change it leaves where it is. Without a leaf in
+  eight bits nothing is done.
+  """
+  if not any(leaf.dtype == jnp.int8 for leaf in jax.tree.leaves(tree)):
+    return tree
+  return jax.lax.optimization_barrier((tree, changing))[0]
 
 
 def inputs(config: ModelConfig, path: str) -> tuple[int, ...]:

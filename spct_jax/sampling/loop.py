@@ -34,8 +34,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from spct_jax import sharding
-from spct_jax.models import kv_cache, prefill, unrolled
-from spct_jax.models.int8 import Int8
+from spct_jax.models import int8, kv_cache, prefill, unrolled
 from spct_jax.models.transformer import Transformer
 from spct_jax.sampling import decoding, keys, shared
 
@@ -138,13 +137,13 @@ def _place_cache(settings, name, cache):
 
 def cache_layout(name: str, cache: dict, rules: sharding.Rules, mesh: jax.sharding.Mesh) -> dict:
   """Where a cache lies. Of a pair in eight bits the values lie as a float leaf would, and the steps as they do."""
-  pair = lambda leaf: isinstance(leaf, Int8)
+  pair = lambda leaf: isinstance(leaf, int8.Int8)
   floats = jax.tree.map(lambda leaf: leaf.values if pair(leaf) else leaf, cache, is_leaf=pair)
 
   def place(leaf, where):
     if not pair(leaf):
       return where
-    return Int8(where, NamedSharding(mesh, PartitionSpec(*where.spec[: leaf.step.ndim])))
+    return int8.Int8(where, NamedSharding(mesh, PartitionSpec(*where.spec[: leaf.step.ndim])))
 
   return jax.tree.map(place, cache, sharding.tree_shardings({name: floats}, rules, mesh)[name], is_leaf=pair)
 
@@ -205,11 +204,11 @@ def advance(
     # Two loops in place of a choice: a branch inside a loop would copy what it carries.
     state = jax.lax.while_loop(
         lambda state: _can_fill(sizes, prompts, state),
-        lambda state: _fill(settings, sizes, weights, prompts, state), state,
+        lambda state: _fill(settings, sizes, int8.kept(weights, state.fills), prompts, state), state,
     )
     return jax.lax.while_loop(
         lambda state: unfinished(state) & ~_can_fill(sizes, prompts, state),
-        lambda state: _step(settings, sizes, weights, task_keys, prompts, queue, state), state,
+        lambda state: _step(settings, sizes, int8.kept(weights, state.clock), task_keys, prompts, queue, state), state,
     )
 
   state = jax.lax.while_loop(unfinished, fill_then_decode, state)
@@ -330,13 +329,14 @@ def _logits(settings, sizes, weights, prompts, t, state):
   seated = shared.move(positions, seating.row).reshape(-1, W, 1)
   in_prompt = jnp.broadcast_to(index < held.reshape(-1, 1, 1), (held.size, W, P))
   since_start = age <= t.reshape(-1, 1, 1)
+  slots = int8.kept(state.slots, state.clock)  # a run of steps fills none
 
   def attend(ref, q, k, v, ring):
     ring = kv_cache.write(ring, ref, k, v, state.clock % T)
     window, masks = ref.config.window, (in_prompt, since_start)
     if window is not None:
       masks = in_prompt & (seated - index < window), since_start & (age < window)
-    cached = kv_cache.read(state.slots, ref), kv_cache.read(ring, ref)
+    cached = kv_cache.read(slots, ref), kv_cache.read(ring, ref)
     scale, softcap = model.config.score_scale(ref.config), model.config.attn_softcap
     return shared.attend(q, *cached, seating, *masks, scale, softcap), ring
 

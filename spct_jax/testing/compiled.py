@@ -43,9 +43,9 @@ def advance(
   return loop.advance.lower(settings, sizes, params, root, dealt, queue, state, steps).compile()
 
 
-def placed(tree: Any, rules: sharding.Rules, mesh: Any) -> Any:
-  """Shapes with the shardings that the rules give them."""
-  return jax.tree.map(_placed, tree, sharding.tree_shardings(tree, rules, mesh))
+def placed(shapes: Any, where: Any) -> Any:
+  """Shapes with their shardings."""
+  return jax.tree.map(_placed, shapes, where)
 
 
 def _placed(leaf, where: NamedSharding):

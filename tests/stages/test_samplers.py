@@ -67,7 +67,7 @@ def test_what_stands_alone_is_the_learners_and_the_rest_is_counted(small_config,
   assert pointers(made)['final_norm/scale'] == pointers(again)['final_norm/scale']
 
 
-# Seen to fail: the copy made at every launch (`unrolled.params` without its first line).
+# Seen to fail: the parameters that stand alone given to `loop.start` too.
 def test_a_launch_copies_no_parameter(small_config, params):
   mesh = sharding.make_mesh({'data': 1})
   tok = tokenizers.load(small_config.tokenizer.path)

@@ -81,6 +81,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.model.dtype = 'float32'  # of the computation; bfloat16 on accelerators
   config.model.param_dtype = 'float32'  # of the learner's parameters (the masters)
   config.model.sampler_dtype = 'float32'  # of the sampler's view of them
+  config.model.sampler_weights = ''  # int8: the view's matrices in eight bits (models/int8.py); '': sampler_dtype
+  config.model.sampler_cache = ''  # int8: the sampler's keys and values in eight bits; '': sampler_dtype
   config.model.remat = long  # recompute activations in the backward pass
   config.model.logits_chunk = 256  # positions whose logits training holds at once; 0 = all
 

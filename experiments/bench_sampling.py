@@ -359,10 +359,11 @@ def _next_logits(model, params, tokens):
 
 
 def _rig(work, folder, rows, max_new_tokens):
-  from spct_jax.models import hf
+  from spct_jax.models import hf, unrolled
   from spct_jax.sampling.engine import Engine
 
-  model, params = hf.load(folder)
+  stacked, params = hf.load(folder)
+  model, params = unrolled.model(stacked), unrolled.consume(stacked.config, params)  # as a judge holds them
   engine = Engine(
       model=model, mesh=None, cache_rules=(), rows=rows, max_new_tokens=max_new_tokens, eos_ids=(), seed=0,
       stage='bench',

@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 from spct_jax import pages, sharding, types
 from spct_jax.algos import voting
 from spct_jax.judges import grm, prompts
-from spct_jax.models import hf
+from spct_jax.models import hf, unrolled
 from spct_jax.models.transformer import Transformer
 from spct_jax.sampling.engine import Engine
 from spct_jax.stages import loading, named, workdir
@@ -53,7 +53,7 @@ class Verdict:
 
 @dataclasses.dataclass(frozen=True)
 class RewardModel:
-  """A generative judge with its parameters; made by `load`."""
+  """A generative judge with its parameters, layers side by side (`unrolled`); made by `load`."""
 
   decoder: Transformer
   params: Any
@@ -91,7 +91,8 @@ class RewardModel:
     found = _open_workdir(folder, stage, mesh) if _is_workdir(folder) else _open_hf(folder, dtype, mesh)
     decoder, params, tok, page = found
     decoder = Transformer(dataclasses.replace(decoder.config, dtype=dtype, param_dtype=dtype, remat=False))
-    params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+    params = unrolled.consume(decoder.config, jax.tree.map(lambda leaf: leaf.astype(dtype), params))
+    decoder = unrolled.model(decoder)
     return cls(
         decoder=decoder,
         params=params,

@@ -7,7 +7,7 @@ import pytest
 
 import spct_jax
 from spct_jax.judges import grm
-from spct_jax.models import hf
+from spct_jax.models import hf, unrolled
 from spct_jax.models.config import BlockConfig, ModelConfig
 from spct_jax.models.transformer import Transformer
 from spct_jax.testing.scripted import ScriptedEngine, verdict
@@ -104,9 +104,9 @@ def test_adapters_are_merged_into_the_base_that_they_name(folder, tmp_path):
   adapters = jax.tree.unflatten(structure, drawn)
   peft.save(tmp_path / 'adapters', adapted, adapters, base=folder)
   judge = spct_jax.RewardModel.load(tmp_path / 'adapters', max_new_tokens=4)
-  want = lora.merge(base, adapters, adapted.settings)
+  want, base = (unrolled.params(decoder.config, tree) for tree in (lora.merge(base, adapters, adapted.settings), base))
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), judge.params, want)
-  kernel = lambda params: np.asarray(params['period']['0']['q']['kernel'])
+  kernel = lambda params: np.asarray(params['head']['0']['q']['kernel'])
   assert np.abs(kernel(judge.params) - kernel(base)).max() > 0.1
 
   config = tmp_path / 'adapters' / 'adapter_config.json'

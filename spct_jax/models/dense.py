@@ -6,6 +6,8 @@ Whether there is one is what the parameters say: `train.lora` puts `lora_a` and 
 already, beside the kernels that it adapts. As a path of its own the addition keeps what a bfloat16 kernel would
 round away, and the backward pass needs no gradient of the size of the kernel. Where a kernel is not multiplied with
 one input from one side (experts, latent attention), `whole` is the kernel with the addition in it.
+
+A sampler's kernel may be int8, with its 'step' [*out] beside it (`int8`).
 """
 
 import math
@@ -30,7 +32,11 @@ class Dense(nn.Module):
   @nn.compact
   def __call__(self, x):
     x = x.astype(self.dtype)
-    y = self._product(x, self.param('kernel', self._init))
+    kernel = self.param('kernel', self._init)
+    if self.has_variable('params', 'step'):
+      y = self._stepped(x, kernel, self.get_variable('params', 'step'))
+    else:
+      y = self._product(x, kernel)
     if self.has_variable('params', 'lora_a'):
       low = self._product(x, self.get_variable('params', 'lora_a'))
       y = y + jnp.tensordot(low, self.get_variable('params', 'lora_b').astype(self.dtype), 1)
@@ -41,6 +47,11 @@ class Dense(nn.Module):
 
   def _product(self, x, matrix):
     return jnp.tensordot(x, matrix.astype(self.dtype), len(self.inputs))
+
+  def _stepped(self, x, kernel, step):
+    """Of an int8 kernel; float32 up to the step, for its sums are some thousand times those of the result."""
+    y = jnp.tensordot(x, kernel.astype(self.dtype), len(self.inputs), preferred_element_type=jnp.float32)
+    return (y * jnp.expand_dims(step, range(y.ndim - step.ndim))).astype(self.dtype)
 
   def _init(self, key):
     matrix = math.prod(self.inputs), math.prod(self.outputs)

@@ -5,7 +5,8 @@
      'remainder': {...}}                                    groups without a block are absent
 
 M heads, hk and hv numbers a key and a value. With latent attention a layer holds {'latent': [B,1,S,rank+rope]},
-which is key and value in one. `leaves` is the one place that knows.
+which is key and value in one. `leaves` is the one place that knows. Of a cache in eight bits a leaf is a pair,
+`int8.Int8(values [B,M,S,hk], step [B,M,S])`, and so is what `read` gives.
 
 Heads stand before positions, so that a head's keys lie side by side and a step of decoding is a plain
 batched product of matrices; the other way round it copies the cache to turn it, three times as slow on a CPU.
@@ -24,6 +25,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from spct_jax.models.config import BlockConfig, ModelConfig
+from spct_jax.models.int8 import Int8, rounded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,15 +49,20 @@ def leaves(config: ModelConfig) -> dict[str, tuple[int, int]]:
 
 
 def init(config: ModelConfig, batch: int, length: int, dtype=None) -> dict:
-  """Zeros for `batch` rows of `length` tokens; `dtype` None is the compute dtype of the model."""
+  """Zeros for `batch` rows of `length` tokens; `dtype` None is the compute dtype of the model, 'int8' makes pairs."""
   dtype = jnp.dtype(config.dtype if dtype is None else dtype)
+
+  def zeros(*shape):
+    values = jnp.zeros(shape, dtype)
+    return Int8(values, jnp.zeros(shape[:-1], jnp.float32)) if dtype == jnp.int8 else values
+
   layers = {}
   for group, stack in (('head', ()), ('period', (config.num_periods,)), ('remainder', ())):
     blocks = getattr(config, group)
     if blocks:
       layers[group] = {
           str(j): {
-              name: jnp.zeros((*stack, batch, heads, length, dim), dtype)
+              name: zeros(*stack, batch, heads, length, dim)
               for name, (heads, dim) in leaves(config).items()
           }
           for j in range(len(blocks))
@@ -72,13 +79,16 @@ def start(config: ModelConfig, batch: int, length: int, dtype=None) -> dict:
   }
 
 
-def read(cache: dict, ref: LayerRef) -> tuple[Float[Array, 'B M S hk'], Float[Array, 'B M S hv']]:
+def read(
+    cache: dict, ref: LayerRef
+) -> tuple[Float[Array, 'B M S hk'] | Int8, Float[Array, 'B M S hv'] | Int8]:
   """The keys and values of one layer."""
   layer = cache[ref.group][str(ref.j)]
   names = ('latent', 'latent') if 'latent' in layer else ('k', 'v')
   if ref.i is None:
     return tuple(layer[name] for name in names)
-  return tuple(jax.lax.dynamic_index_in_dim(layer[name], ref.i, axis=0, keepdims=False) for name in names)
+  take = lambda leaf: jax.lax.dynamic_index_in_dim(leaf, ref.i, axis=0, keepdims=False)
+  return tuple(jax.tree.map(take, layer[name]) for name in names)
 
 
 def write(cache: dict, ref: LayerRef, k: Float[Array, 'B T M hk'], v: Float[Array, 'B T M hv'], index) -> dict:
@@ -104,6 +114,20 @@ def write_rows(cache: dict, ref: LayerRef, k: Float[Array, 'G b T M hk'], v: Flo
   return {**cache, ref.group: {**cache[ref.group], str(ref.j): layer}}
 
 
+def _in_parts(put):
+  """Of a cache in eight bits both parts are put, each in its place."""
+
+  def each(store, new, *where):
+    if not isinstance(store, Int8):
+      return put(store, new, *where)
+    new = rounded(new, (new.ndim - 1,))
+    step = put(store.step[..., None], new.step[..., None], *where)[..., 0]
+    return Int8(put(store.values, new.values, *where), step)
+
+  return each
+
+
+@_in_parts
 def _put_rows(store, new, i, rows):
   G, axis = rows.shape[0], int(i is not None)
   new = jnp.swapaxes(new, 2, 3).astype(store.dtype)  # [G, b, M, T, hd]
@@ -113,6 +137,7 @@ def _put_rows(store, new, i, rows):
   return jax.vmap(one, (axis, 0, 0), axis)(groups, rows, new).reshape(store.shape)
 
 
+@_in_parts
 def _put(store, new, i, index):
   new, index = jnp.swapaxes(new, 1, 2).astype(store.dtype), jnp.asarray(index)  # [B, M, T, hd]
   if index.ndim == 0:

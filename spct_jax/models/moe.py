@@ -27,6 +27,7 @@ from jaxtyping import Array, Float, Int
 
 from spct_jax.models.config import Experts, ModelConfig
 from spct_jax.models.dense import whole
+from spct_jax.models.int8 import Int8, plain
 from spct_jax.models.primitives import ACTIVATIONS, dense
 
 LARGEST_BLOCK = 128  # rows of one product
@@ -88,7 +89,8 @@ class _Kernel(nn.Module):
   def __call__(self):
     # The experts' axis is a batch of kernels: it takes no part in the fan-in.
     init = nn.initializers.lecun_normal(batch_axis=tuple(range(len(self.shape) - 2)))
-    return whole(self, self.param('kernel', init, self.shape, jnp.dtype(self.param_dtype)))
+    kernel = whole(self, self.param('kernel', init, self.shape, jnp.dtype(self.param_dtype)))
+    return Int8(kernel, self.get_variable('params', 'step')) if self.has_variable('params', 'step') else kernel
 
 
 class _Experts(nn.Module):
@@ -102,7 +104,7 @@ class _Experts(nn.Module):
     E, D, F = self.experts.count, self.model.width, self.experts.ffn
     shapes = {'gate': (E, D, F), 'up': (E, D, F), 'down': (E, F, D)}
     kernels = (_Kernel(shape, self.model.param_dtype, name=name)() for name, shape in shapes.items())
-    return tuple(kernel.astype(self.model.dtype) for kernel in kernels)
+    return tuple(kernel if isinstance(kernel, Int8) else kernel.astype(self.model.dtype) for kernel in kernels)
 
 
 class _Shared(nn.Module):
@@ -125,9 +127,9 @@ class _Shared(nn.Module):
 def expert_outputs(
     activation: str,
     x: Float[Array, 'N D'],
-    gate: Float[Array, 'E D F'],
-    up: Float[Array, 'E D F'],
-    down: Float[Array, 'E F D'],
+    gate: Float[Array, 'E D F'] | Int8,
+    up: Float[Array, 'E D F'] | Int8,
+    down: Float[Array, 'E F D'] | Int8,
     chosen: Int[Array, 'N K'],
 ) -> Float[Array, 'N K D']:
   """Each token through each of its experts, unweighted."""
@@ -148,19 +150,33 @@ def _backward(activation, args, cotangent):
 expert_outputs.defvjp(_forward, _backward)
 
 
+def _dot(x, kernel):
+  """float32."""
+  y = jnp.dot(x, plain(kernel).astype(x.dtype), preferred_element_type=jnp.float32)
+  return y * kernel.step[None, :] if isinstance(kernel, Int8) else y
+
+
 def _mlp(activation, x, gate, up, down):
-  dot = functools.partial(jnp.dot, preferred_element_type=jnp.float32)
-  hidden = ACTIVATIONS[activation](dot(x, gate)) * dot(x, up)
-  return jnp.dot(hidden.astype(x.dtype), down)
+  hidden = (ACTIVATIONS[activation](_dot(x, gate)) * _dot(x, up)).astype(x.dtype)
+  return _dot(hidden, down).astype(x.dtype) if isinstance(down, Int8) else jnp.dot(hidden, down)
+
+
+def _of(kernel, e):
+  """The kernel of expert e."""
+  return jax.tree.map(lambda leaf: leaf[e], kernel)
 
 
 def _ragged(activation, x, gate, up, down, chosen):
   N, K = chosen.shape
   order = jnp.argsort(chosen.reshape(-1))
   rows, sizes = x[order // K], jnp.bincount(chosen.reshape(-1), length=gate.shape[0])
-  dot = functools.partial(
-      jax.lax.ragged_dot, group_sizes=sizes.astype(jnp.int32), preferred_element_type=jnp.float32
-  )
+  expert = chosen.reshape(-1)[order]
+
+  def dot(x, kernel):
+    matrices, sizes_ = plain(kernel).astype(x.dtype), sizes.astype(jnp.int32)
+    y = jax.lax.ragged_dot(x, matrices, group_sizes=sizes_, preferred_element_type=jnp.float32)
+    return y * kernel.step[expert] if isinstance(kernel, Int8) else y
+
   hidden = ACTIVATIONS[activation](dot(rows, gate)) * dot(rows, up)
   out = dot(hidden.astype(x.dtype), down).astype(x.dtype)
   return jnp.zeros_like(out).at[order].set(out, unique_indices=True).reshape(N, K, -1)
@@ -212,7 +228,7 @@ def _blocked(activation, x, gate, up, down, chosen):
 
   def block(i, out):
     e, at = expert[i], i * size
-    y = _mlp(activation, jax.lax.dynamic_slice_in_dim(rows, at, size), gate[e], up[e], down[e])
+    y = _mlp(activation, jax.lax.dynamic_slice_in_dim(rows, at, size), _of(gate, e), _of(up, e), _of(down, e))
     return jax.lax.dynamic_update_slice_in_dim(out, y, at, axis=0)
 
   out = jax.lax.fori_loop(0, used, block, jnp.zeros_like(rows))

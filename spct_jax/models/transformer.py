@@ -13,6 +13,7 @@
 
 `apply` is the whole model. The engine and the trainer compose the pieces: `embed`, `run_layers` (which
 carries any cache pytree through the layers and leaves attention to the caller's `attend`), `unembed`.
+A sampler's matrices may be int8, each with a 'step' beside it (`int8`).
 The final norm belongs to `unembed` and `rewards`: `hidden` and `run_layers` return the residual stream.
 """
 
@@ -113,7 +114,10 @@ class Transformer:
   # --- pieces
 
   def embed(self, params: dict, tokens: Int[Array, 'B T']) -> Float[Array, 'B T D']:
-    x = jnp.take(params['embed']['table'], tokens, axis=0).astype(self.config.dtype)
+    x = jnp.take(params['embed']['table'], tokens, axis=0)
+    if 'step' in params['embed']:
+      x = x * jnp.take(params['embed']['step'], tokens, axis=0)[:, :, None]
+    x = x.astype(self.config.dtype)
     if self.config.embed_scaled:
       # Rounded like the checkpoints' own code: sqrt(3072) is 55.5 in bfloat16, not 55.43.
       x = x * jnp.asarray(self.config.width**0.5, x.dtype)
@@ -165,6 +169,9 @@ class Transformer:
     else:
       kernel = params['unembed']['kernel'].astype(x.dtype)
       logits = jnp.einsum('BTD,DV->BTV', x, kernel, preferred_element_type=jnp.float32)
+    out = params['embed' if self.config.tied else 'unembed']
+    if 'step' in out:
+      logits = logits * out['step'][None, None, :]
     return attention.capped(logits[:, :, : self.config.vocab_size], self.config.logit_softcap)
 
   def rewards(

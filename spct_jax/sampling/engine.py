@@ -26,6 +26,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 import numpy as np
 
 from spct_jax import sharding
+from spct_jax.models import unrolled
+from spct_jax.models.config import DTYPES
 from spct_jax.models.transformer import Transformer
 from spct_jax.sampling import keys, loop, trunks
 from spct_jax.types import PromptBatch, Rollouts, Tasks
@@ -47,6 +49,8 @@ class Engine:
   `cache_rules` place the caches (sharding rules; paths 'prompt/period/0/k', 'rows/head/0/v', ...; shape
   [slots or rows, M, positions, hd]). A task ends with one of `eos_ids`, or after `max_new_tokens`.
   With `share_trunks` what prompts begin with alike is computed, held and read once, where that is worth it.
+  `cache_dtype`: what keys and values are kept in; None is what the model computes in, 'int8' eight bits (`int8`).
+  Parameters may be the model's own, or have their layers side by side (`unrolled`), which saves a copy at each call.
   """
 
   model: Transformer
@@ -58,6 +62,7 @@ class Engine:
   seed: int
   stage: str
   share_trunks: bool = True
+  cache_dtype: str | None = None
 
   def __post_init__(self):
     for name in ('rows', 'max_new_tokens'):
@@ -71,12 +76,20 @@ class Engine:
       raise ValueError(
           f'eos_ids: got {wrong}; the model has ids 0 to {config.vocab_size - 1}. Is it the right tokenizer?'
       )
+    if self.cache_dtype not in (None, *DTYPES, 'int8'):
+      raise ValueError(f'cache_dtype: got {self.cache_dtype!r}; allowed: int8, {", ".join(DTYPES)}, or None: as computed')
+    if self.cache_dtype == 'int8' and config.latent is not None:
+      raise ValueError(
+          f'cache_dtype: got int8 for latent attention, whose cache of {config.latent.rank} + {config.latent.rope} '
+          'numbers a token is small already, and whose rotated part one step with the latent would spoil; leave it out'
+      )
     keys.root_key(self.seed, self.stage)
 
   @property
   def _settings(self) -> loop.Settings:
     rules = tuple((pattern, _hashable(spec)) for pattern, spec in self.cache_rules)
-    return loop.Settings(self.model, self.mesh, rules, self.max_new_tokens, tuple(map(int, self.eos_ids)))
+    eos_ids = tuple(map(int, self.eos_ids))
+    return loop.Settings(self.model, self.mesh, rules, self.max_new_tokens, eos_ids, self.cache_dtype)
 
   def cache_shardings(self, num_prompts: int, prompt_length: int) -> dict | None:
     """{'prompt': tree, 'rows': tree} of NamedShardings, of caches as large as `generate` makes at most.
@@ -147,8 +160,10 @@ class Engine:
     dealt, *host = _deal(prompts, tasks, limits, settings.groups, cut)
     dealt_prompts, queue = _put(host, self.mesh)
     root = np.asarray(jax.random.key_data(keys.root_key(self.seed, self.stage)))
-    weights, state = loop.start(settings, sizes, params, dealt_prompts, queue)
-    return dealt, (settings, sizes, weights, root, dealt_prompts, queue), state
+    # Layers that stand alone pass by the program, whose results would be copies of them.
+    alone = unrolled.alone(params)
+    weights, state = loop.start(settings, sizes, {} if alone else params, dealt_prompts, queue)
+    return dealt, (settings, sizes, params if alone else weights, root, dealt_prompts, queue), state
 
   def _rollouts(self, Q, dealt, state) -> Rollouts:
     """The state's results in the order of the tasks; empty rows for padding."""

@@ -39,7 +39,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from spct_jax import sharding
-from spct_jax.models import blockwise, kv_cache, unrolled
+from spct_jax.models import int8, kv_cache, prefill, unrolled
 from spct_jax.models.transformer import Transformer
 from spct_jax.sampling import decoding, keys, shared, suffixes
 
@@ -53,6 +53,7 @@ class Settings:
   cache_rules: tuple
   max_new_tokens: int
   eos_ids: tuple[int, ...]
+  cache_dtype: str | None = None  # None: the model's
 
   @property
   def groups(self) -> int:
@@ -152,22 +153,34 @@ class State(NamedTuple):
 
 def empty_cache(settings: Settings, name: str, batch: int, length: int) -> dict:
   """Zeros of the model's cache, placed by the rules; `name` is 'prompt' or 'rows', the root of the paths."""
-  return _place_cache(settings, name, kv_cache.init(settings.decoder.config, batch, length))
+  return _place_cache(settings, name, kv_cache.init(settings.decoder.config, batch, length, settings.cache_dtype))
 
 
 def cache_shardings(settings: Settings, name: str, batch: int, length: int) -> dict | None:
   """Where `empty_cache` lies; None without a mesh."""
   if settings.mesh is None:
     return None
-  shapes = jax.eval_shape(lambda: kv_cache.init(settings.decoder.config, batch, length))
-  return sharding.tree_shardings({name: shapes}, settings.cache_rules, settings.mesh)[name]
+  shapes = jax.eval_shape(lambda: kv_cache.init(settings.decoder.config, batch, length, settings.cache_dtype))
+  return cache_layout(name, shapes, settings.cache_rules, settings.mesh)
 
 
 def _place_cache(settings, name, cache):
   if settings.mesh is None:
     return cache
-  where = sharding.tree_shardings({name: cache}, settings.cache_rules, settings.mesh)[name]
-  return jax.lax.with_sharding_constraint(cache, where)
+  return jax.lax.with_sharding_constraint(cache, cache_layout(name, cache, settings.cache_rules, settings.mesh))
+
+
+def cache_layout(name: str, cache: dict, rules: sharding.Rules, mesh: jax.sharding.Mesh) -> dict:
+  """Where a cache lies. Of a pair in eight bits the values lie as a float leaf would, and the steps as they do."""
+  pair = lambda leaf: isinstance(leaf, int8.Int8)
+  floats = jax.tree.map(lambda leaf: leaf.values if pair(leaf) else leaf, cache, is_leaf=pair)
+
+  def place(leaf, where):
+    if not pair(leaf):
+      return where
+    return int8.Int8(where, NamedSharding(mesh, PartitionSpec(*where.spec[: leaf.step.ndim])))
+
+  return jax.tree.map(place, cache, sharding.tree_shardings({name: floats}, rules, mesh)[name], is_leaf=pair)
 
 
 def _by_rows(settings, x):
@@ -179,7 +192,11 @@ def _by_rows(settings, x):
 
 @functools.partial(jax.jit, static_argnames=('settings', 'sizes'))
 def start(settings: Settings, sizes: Sizes, params: dict, prompts: Prompts, queue: Queue) -> tuple[dict, State]:
-  """The weights as `advance` wants them (`unrolled`: of scanned layers a copy), and the state before the first step."""
+  """The weights as `advance` wants them, and the state before the first step.
+
+  `params` are those of a model with stacked layers, of which the weights are a copy; or nothing, `{}`, where the caller
+  has the weights: parameters whose layers stand side by side (`unrolled`).
+  """
   (G, Q), (U, P), T = queue.visit.shape, prompts.tokens.shape[1:], settings.max_new_tokens
   zeros = lambda *shape: _by_rows(settings, jnp.zeros((G, *shape), jnp.int32))
   rows, trunks = zeros(sizes.rows), None
@@ -232,15 +249,15 @@ def advance(
     if sizes.trunk_slots:
       state = jax.lax.while_loop(
           lambda state: _can_load(sizes, prompts, state),
-          lambda state: _load(settings, sizes, weights, prompts, state), state,
+          lambda state: _load(settings, sizes, int8.kept(weights, state.fills), prompts, state), state,
       )
     state = jax.lax.while_loop(
         lambda state: _can_fill(sizes, prompts, state),
-        lambda state: _fill(settings, sizes, weights, prompts, state), state,
+        lambda state: _fill(settings, sizes, int8.kept(weights, state.fills), prompts, state), state,
     )
     return jax.lax.while_loop(
         lambda state: unfinished(state) & ~can_prefill(state),
-        lambda state: _step(settings, sizes, weights, task_keys, prompts, queue, state), state,
+        lambda state: _step(settings, sizes, int8.kept(weights, state.clock), task_keys, prompts, queue, state), state,
     )
 
   state = jax.lax.while_loop(unfinished, fill_then_decode, state)
@@ -339,7 +356,7 @@ def _prefill(settings, weights, tokens, place, cache, before=None):
   def attend(ref, q, k, v, cache):
     scale, softcap, window = model.config.score_scale(ref.config), model.config.attn_softcap, ref.config.window
     if before is None:
-      out = blockwise.causal(q, k, v, scale, window, softcap)
+      out = _causal(settings, q, k, v, scale, window, softcap)
     else:
       out = suffixes.attend(q, (k, v), kv_cache.read(trunks, ref), rows, scale, window, softcap)
     groups = lambda x: x.reshape(G, B, *x.shape[1:])
@@ -347,6 +364,23 @@ def _prefill(settings, weights, tokens, place, cache, before=None):
 
   x = _by_rows(settings, model.embed(weights, flat))
   return _place_cache(settings, 'prompt', model.run_layers(weights, x, positions, attend, cache)[1])
+
+
+def _causal(settings, q, k, v, scale, window, softcap):
+  """`prefill.causal` by the best means; a library's kernel runs on each device's own rows and heads."""
+  mesh = settings.mesh
+  device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+  capability = getattr(device, 'compute_capability', None)
+  by = prefill.means(device.platform, capability, str(q.dtype), q.shape[-1], v.shape[-1], softcap)
+  run = functools.partial(prefill.causal, scale=scale, window=window, softcap=softcap, by=by)
+  if mesh is None or by == 'blockwise':
+    return run(q, k, v)
+  (H, M), ways = (q.shape[2], k.shape[2]), dict(mesh.shape)['tensor']
+  # One key head may serve the query heads of every device; else a device has its query heads' own keys, or all.
+  keys = 'tensor' if M % ways == 0 else None
+  queries = 'tensor' if keys or (M == 1 and H % ways == 0) else None
+  queries, keys = (PartitionSpec(sharding.DATA_AXES, None, heads, None) for heads in (queries, keys))
+  return jax.shard_map(run, mesh=mesh, in_specs=(queries, keys, keys), out_specs=queries, check_vma=False)(q, k, v)
 
 
 # --- steps
@@ -401,13 +435,14 @@ def _logits(settings, sizes, weights, prompts, t, state):
   in_prompt = jnp.broadcast_to(index < held.reshape(-1, 1, 1), (held.size, W, P))
   since_start = age <= t.reshape(-1, 1, 1)
   trunks = _trunks(sizes, prompts, positions, state) if sizes.trunk_slots else None
+  slots = int8.kept(state.slots, state.clock)  # a run of steps fills none
 
   def attend(ref, q, k, v, ring):
     ring = kv_cache.write(ring, ref, k, v, state.clock % T)
     window, masks = ref.config.window, (in_prompt, since_start)
     if window is not None:
       masks = in_prompt & (seated - before.reshape(-1, 1, 1) - index < window), since_start & (age < window)
-    cached = kv_cache.read(state.slots, ref), kv_cache.read(ring, ref)
+    cached = kv_cache.read(slots, ref), kv_cache.read(ring, ref)
     scale, softcap = model.config.score_scale(ref.config), model.config.attn_softcap
     return shared.attend(q, *cached, seating, *masks, scale, softcap, trunks and trunks(ref)), ring
 
@@ -423,12 +458,13 @@ def _trunks(sizes, prompts, positions, state):
   index = jnp.arange(prompts.trunks.tokens.shape[2])[None, None, :]
   seated = shared.move(positions, seating.row).reshape(-1, sizes.trunk_width, 1)
   held = _of(prompts.trunks.length, state.trunks.trunk).reshape(-1, 1, 1)
+  cache = int8.kept(state.trunks.cache, state.clock)
 
   def of_layer(ref):
     mask = jnp.broadcast_to(index < held, (*seated.shape[:2], index.size))
     if ref.config.window is not None:
       mask &= seated - index < ref.config.window
-    return shared.Trunks(*kv_cache.read(state.trunks.cache, ref), seating, mask)
+    return shared.Trunks(*kv_cache.read(cache, ref), seating, mask)
 
   return of_layer
 

@@ -27,6 +27,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from spct_jax.models import attention
+from spct_jax.models.int8 import Int8, plain
 
 _LEAST = jnp.finfo(jnp.float32).min  # not -inf: where nothing is seen, -inf - -inf would be NaN
 
@@ -78,21 +79,27 @@ def move(x: Shaped[Array, 'N *rest'], index: Int[Array, 'G m']) -> Shaped[Array,
 
 def part(
     q: Float[Array, 'B M W g d'],
-    k: Float[Array, 'B M S d'],
-    v: Float[Array, 'B M S e'],
+    k: Float[Array, 'B M S d'] | Int8,
+    v: Float[Array, 'B M S e'] | Int8,
     mask: Bool[Array, 'B W S'],
     scale: float,
     softcap: int | float | None,
 ) -> Part:
-  """Of `attention.capped(scale q k^T, softcap)` where `mask` allows."""
-  scores = jnp.einsum('BMWgd,BMSd->BMWgS', q, k.astype(q.dtype), preferred_element_type=jnp.float32)
+  """Of `attention.capped(scale q k^T, softcap)` where `mask` allows; keys and values may be in eight bits."""
+  scores = jnp.einsum('BMWgd,BMSd->BMWgS', q, plain(k).astype(q.dtype), preferred_element_type=jnp.float32)
+  scores = _stepped(scores, k)
   scores = jnp.where(mask[:, None, :, None, :], attention.capped(scores * scale, softcap), _LEAST)
   top = scores.max(axis=-1)
   weights = jnp.exp(scores - top[..., None])
   value = jnp.einsum(
-      'BMWgS,BMSe->BMWge', weights.astype(q.dtype), v.astype(q.dtype), preferred_element_type=jnp.float32
+      'BMWgS,BMSe->BMWge', _stepped(weights, v).astype(q.dtype), plain(v).astype(q.dtype),
+      preferred_element_type=jnp.float32,
   )
   return Part(top, weights.sum(axis=-1), value)
+
+
+def _stepped(x: Float[Array, 'B M W g S'], cache) -> Float[Array, 'B M W g S']:
+  return x * cache.step[:, :, None, None, :] if isinstance(cache, Int8) else x
 
 
 def merge(*parts: Part) -> Float[Array, 'B M W g e']:
@@ -105,8 +112,8 @@ def merge(*parts: Part) -> Float[Array, 'B M W g e']:
 
 def attend(
     q: Float[Array, 'R 1 H d'],
-    prompt: tuple[Float[Array, 'Z M P d'], Float[Array, 'Z M P e']],
-    own: tuple[Float[Array, 'R M T d'], Float[Array, 'R M T e']],
+    prompt: tuple[Float[Array, 'Z M P d'] | Int8, Float[Array, 'Z M P e'] | Int8],
+    own: tuple[Float[Array, 'R M T d'] | Int8, Float[Array, 'R M T e'] | Int8],
     seating: Seats,
     prompt_mask: Bool[Array, 'Z W P'],
     own_mask: Bool[Array, 'R 1 T'],

@@ -35,6 +35,7 @@ from jaxtyping import Array, Float
 
 from spct_jax.models import attention
 from spct_jax.models.blockwise import BLOCK
+from spct_jax.models.int8 import Int8, floats
 
 
 class Tree(NamedTuple):
@@ -60,7 +61,7 @@ class Rows(NamedTuple):
 def attend(
     q: Float[Array, 'N S H d'],
     own: tuple[Float[Array, 'N S M d'], Float[Array, 'N S M e']],
-    prompt: tuple[Float[Array, 'Z M P d'], Float[Array, 'Z M P e']],
+    prompt: tuple[Float[Array, 'Z M P d'] | Int8, Float[Array, 'Z M P e'] | Int8],
     rows: Rows,
     scale: float,
     window: int | None = None,
@@ -79,7 +80,7 @@ def attend(
     raise ValueError(f'prompt: got slots of {P} positions; allowed: at most {block}, or a multiple of it')
   q = q.reshape(G, R, S, M, H // M, d)
   keys, values = (x.astype(q.dtype).reshape(G, R, S, M, -1).transpose(0, 3, 1, 2, 4) for x in own)  # [G, M, R, S, .]
-  slots = [x.astype(q.dtype).reshape(G, Z // G, M, P, -1) for x in prompt]
+  slots = [floats(x, q.dtype).reshape(G, Z // G, M, P, -1) for x in prompt]
   # What a block visits, over all groups, so that they go in step.
   first, last = rows.slot[:, ::width], rows.slot[:, width - 1 :: width]  # [G, blocks of rows]
   visited = (last - first).max(axis=0) + 1

@@ -8,8 +8,9 @@ from typing import Any
 import jax
 
 from spct_jax import sharding
-from spct_jax.models import kv_cache
-from spct_jax.stages import loading, plan, processes
+from spct_jax.models import kv_cache, unrolled
+from spct_jax.sampling import loop
+from spct_jax.stages import loading, plan, processes, samplers
 from spct_jax.train import optim, state as states
 
 LEARNERS = ('sft', 'rft', 'grpo', 'meta_rm')
@@ -37,13 +38,7 @@ def rows(config: Any, mesh: Any, stage: str, tok: Any) -> list[plan.Row]:
         out.append(plan.row('frozen reference', frozen, sharding.tree_shardings(frozen, rules, mesh)))
     elif stage not in LEARNERS:
       out.append(plan.row('parameters', params, layout))
-    cast = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, config.model.sampler_dtype), params)
-    view = sharding.tree_shardings(cast, loading.rules(config.sharding.sampler_rules), mesh)
-    same = jax.tree.map(lambda a, b, leaf: a.is_equivalent_to(b, len(leaf.shape)), layout, view, cast)
-    if adapted or config.model.sampler_dtype != config.model.param_dtype or not all(jax.tree.leaves(same)):
-      out.append(plan.row("sampler's view of the parameters", cast, view))
-    if 'period' in cast:
-      out.append(plan.row('copy of stacked layers, side by side', cast['period'], view['period']))
+    out += _view(config, mesh, stage, decoder, adapted)
     out += _caches(config, mesh, decoder)
     if stage == 'evaluate' and fields.meta:
       scalar = loading.model(config, tok, name=fields.meta, head_kind='scalar').abstract_params()
@@ -83,6 +78,20 @@ def _learner(config, mesh, rules, stage, decoder):
   ]
 
 
+def _view(config, mesh, stage, decoder, adapted):
+  """What of the sampler's view is not the learner's own arrays."""
+  shapes, places = samplers.abstract_view(config, decoder, mesh)
+  base = decoder.abstract_params()
+  layout = sharding.tree_shardings(base, loading.rules(config.sharding.rules), mesh)
+  base = jax.tree.map(lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), base, layout)
+  adapters = loading.learner(config, stage, decoder).abstract_params() if adapted else {}
+  held = samplers.own(decoder.config, shapes, places, base, adapters)
+  made, where = (
+      {path: leaf for path, leaf in sharding.leaf_paths(tree) if path not in held} for tree in (shapes, places)
+  )
+  return [plan.row("sampler's view of the parameters", made, where)] if made else []
+
+
 def _caches(config, mesh, decoder):
   """Prompt slots (at most as many as prompts) and rows of the engine, padded to what the mesh divides.
 
@@ -96,9 +105,9 @@ def _caches(config, mesh, decoder):
       ('rows', fields.rows, fields.max_new_tokens),
   ):
     batch = ways * -(-batch // ways)
-    dtype = config.model.sampler_dtype
+    dtype = config.model.sampler_cache or config.model.sampler_dtype
     shapes = jax.eval_shape(lambda b=batch, s=length: kv_cache.init(decoder.config, b, s, dtype))
-    layout = sharding.tree_shardings({name: shapes}, loading.rules(config.sharding.cache_rules), mesh)[name]
+    layout = loop.cache_layout(name, shapes, loading.rules(config.sharding.cache_rules), mesh)
     out.append(plan.row(f'cache of {"prompts" if name == "prompt" else "rows"}', shapes, layout))
   return out
 

@@ -71,6 +71,9 @@ def sampling(config: Any, stage: str) -> None:
     _at_least('sample.hinted_samples', fields.hinted_samples, 0)
     if fields.hinted_items not in ('all', 'unsolved'):
       raise ValueError(f"sample.hinted_items: got {fields.hinted_items!r}; allowed: 'all', 'unsolved'")
+  for name in ('sampler_weights', 'sampler_cache'):
+    if config.model[name] not in ('', 'int8'):
+      raise ValueError(f"model.{name}: got {config.model[name]!r}; allowed: 'int8', or '' for model.sampler_dtype")
   try:
     loading.judge_settings(config, fields, orders='shuffle', single='binary')
   except ValueError as error:

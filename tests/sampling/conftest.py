@@ -119,6 +119,11 @@ def oracle():
 
 
 @pytest.fixture(scope='session')
+def make_learner():
+  return make_learner_logits
+
+
+@pytest.fixture(scope='session')
 def make_rig():
   return rig_of
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from spct_jax import records, sharding, stages
+from spct_jax.models import unrolled
 from spct_jax.stages import budget, fit, loading, samplers, workdir
 from spct_jax.testing import scripted
 from spct_jax.text import tokenizer as tokenizers
@@ -114,7 +115,8 @@ def test_the_whole_of_it_on_adapters(go, config):
   config.model.sampler_dtype = 'bfloat16'
   view, cost = samplers.view(config, trained, mesh, params)
   merged = lora.merge(bound['grpo']['frozen'], bound['grpo']['adapters'], trained.settings)
-  for (name, leaf), (_, other) in zip(sharding.leaf_paths(view), sharding.leaf_paths(merged)):
+  merged = unrolled.params(decoder.config, merged)
+  for (name, leaf), (_, other) in zip(sharding.leaf_paths(view), sharding.leaf_paths(merged), strict=True):
     wanted = other if name.endswith('scale') else other.astype('bfloat16')
     assert leaf.dtype == wanted.dtype
     np.testing.assert_allclose(np.asarray(leaf, np.float32), np.asarray(wanted, np.float32), rtol=1e-2, atol=1e-6)
@@ -124,7 +126,8 @@ def test_the_whole_of_it_on_adapters(go, config):
   table = {row.name: row.bytes for row in budget.rows(config, mesh, 'grpo', tok)}
   assert 'frozen reference' not in table and table['frozen parameters'] == size(base)
   assert table['adapters'] == table['gradients'] == size(bound['grpo']['adapters'])
-  assert table["sampler's view of the parameters"] == size(base)
+  assert table["sampler's view of the parameters"] == size(base['period'])
+  assert samplers.view(config, trained, mesh, params)[1]['view_bytes'] == size(base['period'])
 
   # The scalar head learns with the meta-RM's adapters.
   scalar = loading.model(config, tok, head_kind='scalar')

@@ -106,7 +106,7 @@ def generator(
     if stage not in engines:
       engines[stage] = engine(config, trained, tok, mesh, stage)
     held, bind.cost = view(config, trained, mesh, learner_params)
-    return lambda prompts_, tasks, infos: engines[stage].launch(held, prompts_, tasks)
+    return lambda prompts_, tasks, infos, withdraw=None: engines[stage].launch(held, prompts_, tasks, withdraw)
 
   bind.cost = {}
 

@@ -211,7 +211,7 @@ def plan(
     raise ValueError(f'samples per item: got {samples}; allowed: at least 1')
   settings = judge.settings
   if early is not None:
-    _check_early(early, settings, samples)
+    check_early(early, orders=settings.orders, samples=samples, chunk_tasks=settings.chunk_tasks)
   limit = settings.buckets[-1]
   visits = [0] * len(examples) if visits is None else [int(v) for v in visits]
   tasks: list[Task] = []
@@ -236,13 +236,14 @@ def plan(
   return Plan(tuple(compose(tasks, settings)), tuple(overlong), stage)
 
 
-def _check_early(early: Early, settings: Settings, samples: int):
-  if samples > settings.chunk_tasks:
+def check_early(early: Early, *, orders: str, samples: int, chunk_tasks: int) -> None:
+  """What can be known to be wrong before there are items."""
+  if samples > chunk_tasks:
     raise ValueError(
-        f'early: {samples} samples per item do not fit into chunk_tasks={settings.chunk_tasks}, and a vote that may '
+        f'early: {samples} samples per item do not fit into chunk_tasks={chunk_tasks}, and a vote that may '
         'stop is drawn in one chunk; raise judge.chunk_tasks'
     )
-  if early.alpha is not None and settings.orders == 'balanced':
+  if early.alpha is not None and orders == 'balanced':
     raise ValueError(
         "early: the statistical rule needs samples that can be exchanged, which those of orders='balanced' cannot; "
         "take orders='shuffle', or early='exact'"

@@ -55,16 +55,15 @@ def votes_needed(
   B, K, N = scores.shape
   flat = lambda x: x.reshape(B * (K + 1), *x.shape[2:])
   every = lambda x: xp.repeat(xp.asarray(x), K + 1, axis=0) if np.ndim(x) else x
-  counted_BK = valid & (xp.arange(K)[None, :] < known[:, None])
-  added = xp.where(counted_BK[:, :, None], scores, 0).astype(xp.float32)
-  totals, voters = _sums(xp, added), _sums(xp, counted_BK.astype(xp.float32))
+  totals = _sums(xp, xp.where(valid[:, :, None], scores, 0).astype(xp.float32))
+  voters = _sums(xp, valid.astype(xp.float32))
   after = xp.arange(K + 1)
   stops = voting.decided(
       flat(totals), flat(voters), flat(xp.broadcast_to((K - after)[None, :], voters.shape)), every(response_mask),
       every(low), every(high), threshold,
   ).reshape(B, K + 1)
   if alpha is not None:
-    stops = stops | surely(scores, counted_BK, response_mask, low, high, threshold, alpha)
+    stops = stops | surely(scores, valid, response_mask, low, high, threshold, alpha)
   stops = stops & (after[None, :] <= known[:, None])
   return xp.where(stops.any(axis=1), xp.argmax(stops, axis=1), K).astype(xp.int32)
 

@@ -133,8 +133,8 @@ def decided(
   exactly if all completions have one outcome, so that `credit` and `winner` are those of the full vote:
 
       n >= 2   the leader is ahead of every other by more than remaining * (high - low)
-      n == 1   the mean stays on one side of the threshold. The extreme means of all completions are
-               reached with no more voter, or with all of them at low or at high
+      n == 1   the mean stays on one side of the threshold even if all of them vote low, or all high:
+               fewer voters leave it nearer to where it is, which is between low and high too
 
   Votes that nobody cast stay undecided until none remains, and so does a tie. NumPy in, NumPy out: a
   host may ask while the devices work.
@@ -151,10 +151,9 @@ def decided(
   alone_B = (xp.sum(top_BN, axis=1) == 1) | (high == low)
 
   total_B = xp.sum(xp.where(response_mask, totals, 0.0), axis=1)
-  mean = lambda total, number: total / xp.maximum(number, 1.0)
-  now = mean(total_B, voters)
-  least = xp.minimum(now, mean(total_B + remaining * low, voters + remaining))
-  most = xp.maximum(now, mean(total_B + remaining * high, voters + remaining))
+  mean = lambda total, number: total / xp.maximum(number, 1.0)  # as `credit` divides; it rises with the exact quotient
+  least = mean(total_B + remaining * low, voters + remaining)
+  most = mean(total_B + remaining * high, voters + remaining)
   one_side_B = (least > threshold) | (most < threshold) | ((least == threshold) & (most == threshold))
   single_B = xp.sum(response_mask, axis=1) == 1
   return (remaining == 0) | ((voters > 0) & xp.where(single_B, one_side_B, clear_B & alone_B))

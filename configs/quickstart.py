@@ -193,6 +193,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.evaluate.soft_temperature = 0.5  # divides the meta reward before the sigmoid
   config.evaluate.greedy = True  # also one greedy judgement per item
   config.evaluate.orders = 'shuffle'
+  config.evaluate.early = 'none'  # votes stop once decided: exact (the winner of the full vote), statistical; needs ks = (samples,)
+  config.evaluate.early_alpha = 0.05  # statistical: the chance that an item gets another winner than with all votes
   config.evaluate.temperature = 1.0
   config.evaluate.top_p = 1.0
   config.evaluate.top_k = 0

@@ -44,11 +44,12 @@ class Sample:
 @dataclasses.dataclass(frozen=True)
 class Verdict:
   """`scores`: the sum over the samples that parsed, one per response. `best`: the index of the highest, ties drawn by
-  the seed; None if no sample parsed."""
+  the seed; None if no sample parsed. `votes_saved`: samples that were not needed, where the vote may stop early."""
 
   scores: tuple[float, ...]
   best: int | None
   samples: tuple[Sample, ...]
+  votes_saved: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,16 +113,27 @@ class RewardModel:
       k: int = 8,
       seed: int = 0,
       uid: str | None = None,
+      early: str = 'none',
+      early_alpha: float = 0.05,
   ) -> Verdict:
     """Judges n >= 1 responses with k samples.
 
     query_or_messages: the user's query, or a conversation that ends with it: `{'role', 'content'}` dicts.
     uid: names the randomness; with none, the content is hashed, so the same question gets the same samples.
+    early: 'exact' stops once no outcome of the other samples can change which of n >= 2 responses is best: `best` is
+      that of all k samples, `scores` are the sums of those that were needed. 'statistical' stops when another best is
+      unlikely: its chance is at most `early_alpha`.
     """
     example = _example(query_or_messages, responses, uid)
     if k < 1:
       raise ValueError(f'k: got {k} samples; allowed: 1 or more')
-    judged = grm.judge(self._judge(k, seed), [example], samples=k, stage='score')
+    rule = grm.early(early, alpha=early_alpha, threshold=0.0)
+    if rule is not None and len(responses) == 1:
+      raise ValueError(
+          f'early: got {early!r} with one response; what a single response gets is its score, which every sample '
+          "changes: leave early='none'"
+      )
+    judged = grm.judge(self._judge(k, seed), [example], samples=k, stage='score', early=rule)
     if judged.overlong:
       raise ValueError(
           f'the prompt is over {self.max_prompt_tokens} tokens; shorten the responses, or load with a larger '
@@ -135,6 +147,7 @@ class RewardModel:
         scores=tuple(float(total) for total in totals),
         best=best if arrays.valid.any() else None,
         samples=tuple(_sample(trajectory) for trajectory in judged.grouped[0]),
+        votes_saved=k - len(judged.grouped[0]),
     )
 
   def _judge(self, k: int, seed: int) -> grm.Judge:
@@ -155,7 +168,7 @@ class RewardModel:
         seed=seed,
     )
     engine = _engine(self.decoder, self.mesh, self.cache_rules, k, self.max_new_tokens, self.tokenizer.eos_ids, seed)
-    generate = lambda batch, tasks, infos: engine.generate(self.params, batch, tasks)
+    generate = lambda batch, tasks, infos, withdraw=None: engine.generate(self.params, batch, tasks, withdraw=withdraw)
     return grm.Judge(generate, self.tokenizer, settings)
 
 

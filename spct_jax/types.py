@@ -121,11 +121,13 @@ class Rollouts:
 
   `token_mask` is True through the end-of-sequence token; a row whose last True token is no end-of-sequence
   token ran into the length limit. `logp` is of the full vocabulary at the sampling temperature, before truncation.
+  `withdrawn` bool[Q] marks tasks that were given up while they waited or ran: empty rows; None: no task was.
   """
 
   tokens: np.ndarray
   logp: np.ndarray
   token_mask: np.ndarray
+  withdrawn: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True)

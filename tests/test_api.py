@@ -61,6 +61,31 @@ def test_votes_are_summed_in_the_callers_order(judge, monkeypatch):
   assert len({info.order for call in engine.calls for info in call}) > 1
 
 
+def test_votes_that_stop_have_the_best_of_all_samples(judge, monkeypatch):
+  # Seen to catch: `early` not handed on; the samples that were asked for counted as saved.
+  def write(info):
+    return verdict(info, (3 + info.sample % 3, 9, 5)) if info.sample else 'no score'
+
+  engine = ScriptedEngine(judge.tokenizer, write, max_new_tokens=96, rows=2)
+  real = spct_jax.RewardModel._judge
+  monkeypatch.setattr(
+      spct_jax.RewardModel, '_judge',
+      lambda self, k, seed: grm.Judge(engine, self.tokenizer, real(self, k, seed).settings),
+  )
+  full, found = (judge.score('Which?', ['a', 'b', 'c'], k=12, early=early) for early in ('none', 'exact'))
+  assert full.votes_saved == 0 and found.best == full.best == 1
+  assert found.samples == full.samples[: 12 - found.votes_saved] and found.votes_saved > 2
+  assert found.scores == tuple(sum(s.scores[i] for s in found.samples[1:]) for i in range(3))
+  assert judge.score('Which?', ['a', 'b', 'c'], k=12, early='statistical', early_alpha=0.5).votes_saved > found.votes_saved
+  with pytest.raises(ValueError, match="early: got 'exact' with one response"):
+    judge.score('Good?', ['a'], early='exact')
+
+
+def test_the_engine_stops_nothing_that_it_cannot_read(judge):
+  found = judge.score('What is 2 + 2?', ['4', '5'], k=3, early='exact')
+  assert found == judge.score('What is 2 + 2?', ['4', '5'], k=3) and found.votes_saved == 0
+
+
 @pytest.mark.parametrize(
     ('query', 'responses', 'k', 'message'),
     [

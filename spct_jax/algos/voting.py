@@ -11,10 +11,13 @@ Where the paper is silent:
    `winner` draws one.
 2. Samples that did not parse do not vote; a vote without any voter earns 0.
 3. n = 1: the mean vote above the threshold means 1, below it 0, exactly on it half of each.
+
+`decided` says when votes that are still to come can no longer change the outcome; `early` builds on it.
 """
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Bool, Float, Int, Num, Shaped
 
 from spct_jax.masked import Array, Number
@@ -112,6 +115,48 @@ def winner(
   drawn_B = jnp.minimum((jnp.asarray(uniform) * m_B.astype(jnp.float32)).astype(jnp.int32), m_B - 1)
   chosen_BN = top_BN & (jnp.cumsum(top_BN, axis=1) == drawn_B[:, None] + 1)
   return jnp.where(m_B > 0, jnp.argmax(chosen_BN, axis=1), -1).astype(jnp.int32)
+
+
+def decided(
+    totals: Num[Array, 'B N'],
+    voters: Num[Array, ' B'],
+    remaining: Num[Array, ' B'],
+    response_mask: Bool[Array, 'B N'],
+    low: Number | Num[Array, ' B'],
+    high: Number | Num[Array, ' B'],
+    threshold: Number = 0.5,
+) -> Bool[Array, ' B']:
+  """Whether no outcome of the `remaining` votes changes who wins: the winner stays the same and alone.
+
+  `totals` are those of `vote` over the `voters[b]` samples that voted so far, each of weight 1. A vote
+  to come gives every response any number of low..high, or does not parse and adds nothing. It is True
+  exactly if all completions have one outcome, so that `credit` and `winner` are those of the full vote:
+
+      n >= 2   the leader is ahead of every other by more than remaining * (high - low)
+      n == 1   the mean stays on one side of the threshold even if all of them vote low, or all high:
+               fewer voters leave it nearer to where it is, which is between low and high too
+
+  Votes that nobody cast stay undecided until none remains, and so does a tie. NumPy in, NumPy out: a
+  host may ask while the devices work.
+  """
+  xp = np if isinstance(totals, np.ndarray) else jnp
+  full = lambda value: xp.broadcast_to(xp.asarray(value, xp.float32), voters.shape)
+  totals, voters, remaining = (xp.asarray(x).astype(xp.float32) for x in (totals, voters, remaining))
+  low, high = full(low), full(high)
+  shown_BN = xp.where(response_mask, totals, -xp.inf)
+  best_B1 = xp.max(shown_BN, axis=1, keepdims=True)
+  top_BN = (shown_BN == best_B1) & response_mask
+  ahead_BN = xp.where(response_mask & ~top_BN, best_B1 - xp.where(response_mask, totals, 0.0), xp.inf)
+  clear_B = xp.min(ahead_BN, axis=1) > remaining * (high - low)
+  alone_B = (xp.sum(top_BN, axis=1) == 1) | (high == low)
+
+  total_B = xp.sum(xp.where(response_mask, totals, 0.0), axis=1)
+  mean = lambda total, number: total / xp.maximum(number, 1.0)  # as `credit` divides; it rises with the exact quotient
+  least = mean(total_B + remaining * low, voters + remaining)
+  most = mean(total_B + remaining * high, voters + remaining)
+  one_side_B = (least > threshold) | (most < threshold) | ((least == threshold) & (most == threshold))
+  single_B = xp.sum(response_mask, axis=1) == 1
+  return (remaining == 0) | ((voters > 0) & xp.where(single_B, one_side_B, clear_B & alone_B))
 
 
 def _tops(totals: Float[Array, 'B N'], response_mask: Bool[Array, 'B N']) -> Bool[Array, 'B N']:

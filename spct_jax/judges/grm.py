@@ -11,24 +11,30 @@ Chunks are composed from the items alone - never from time, hosts or what was do
 run redoes whole chunks and draws what the uninterrupted run drew. A sample's order and its uniforms are
 keyed by (seed, stage, visit, uid, sample), so they do not depend on the chunk either.
 
+Votes as needed (`Early`): the samples of an item stop once their vote is decided (`algos.early`); the others are
+withdrawn from the engine and leave no trajectory. An item is then whole in one chunk, and what it keeps are its first
+samples, as many as its vote needs: a function of the samples alone, so that rows, devices and resuming change nothing.
+
 Where we add to the paper: a response whose verdict does not parse is data (`valid` False), never a score.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
 from spct_jax import records, types
+from spct_jax.algos import early as early_algo
 from spct_jax.judges import parse, prompts
 from spct_jax.text import chat, encode
 from spct_jax.text.tokenizer import Tokenizer
 
-# Gives the rollouts, or starts them and gives a function that waits for them.
-Generate = Callable[
-    [types.PromptBatch, types.Tasks, tuple[types.TaskInfo, ...]], types.Rollouts | Callable[[], types.Rollouts]
-]
+# (prompts, tasks, infos) gives the rollouts, or starts them and gives a function that waits for them. Where votes may
+# stop early it is given a fourth argument, `withdraw` (see `sampling.engine.Withdraw`).
+Generate = Callable[..., types.Rollouts | Callable[[], types.Rollouts]]
 
+EARLY_RULES = ('none', 'exact', 'statistical')
 ORDER_RULES = ('shuffle', 'balanced', 'fixed', 'group')
 
 
@@ -79,6 +85,26 @@ class Settings:
 
 
 @dataclasses.dataclass(frozen=True)
+class Early:
+  """When votes stop (`algos.early`): alpha None is the exact rule; `threshold` of the mean score of a single response."""
+
+  alpha: float | None
+  threshold: float
+
+
+def early(rule: str, *, alpha: float, threshold: float) -> Early | None:
+  """The rule by its name; `alpha` is read for 'statistical' only."""
+  if rule not in EARLY_RULES:
+    raise ValueError(f'early: got {rule!r}; allowed: {", ".join(map(repr, EARLY_RULES))}')
+  if rule == 'statistical' and not 0 < alpha < 1:
+    raise ValueError(
+        f'early_alpha: got {alpha}; allowed: above 0, below 1, the chance that an item gets another winner than with '
+        'all votes'
+    )
+  return None if rule == 'none' else Early(alpha if rule == 'statistical' else None, threshold)
+
+
+@dataclasses.dataclass(frozen=True)
 class Judge:
   """A generative judge: an engine bound to its parameters, the tokenizer, and the settings."""
 
@@ -104,6 +130,7 @@ class Chunk:
   index: int
   tasks: tuple[Task, ...]
   bucket: int
+  early: Early | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +144,7 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class Judged:
-  """grouped[b] holds the K trajectories of item b in sample order (none for an over-long item)."""
+  """grouped[b] holds the K trajectories of item b in sample order (none for an over-long item), fewer if it stopped."""
 
   grouped: tuple[tuple[types.Trajectory, ...], ...]
   judgments: types.Judgments
@@ -167,6 +194,7 @@ def plan(
     stage: str,
     visits: Sequence[int] | None = None,
     hinted: bool = False,
+    early: Early | None = None,
 ) -> Plan:
   """Composes every chunk of a run on the host, before any device works.
 
@@ -177,10 +205,13 @@ def plan(
     stage: names the randomness, so two stages never share it.
     visits: how often each item was visited before; zeros if None.
     hinted: appends the hint with the gold response (paper 2.3); items without a label are an error.
+    early: when the vote of an item stops; None: it never does.
   """
   if samples < 1:
     raise ValueError(f'samples per item: got {samples}; allowed: at least 1')
   settings = judge.settings
+  if early is not None:
+    check_early(early, orders=settings.orders, samples=samples, chunk_tasks=settings.chunk_tasks)
   limit = settings.buckets[-1]
   visits = [0] * len(examples) if visits is None else [int(v) for v in visits]
   tasks: list[Task] = []
@@ -201,7 +232,46 @@ def plan(
           uid=example.uid, sample=sample, visit=visit, order=order, hinted=hinted
       )
       tasks.append(Task(item, info, *built[order]))
-  return Plan(tuple(_compose(tasks, settings)), tuple(overlong), stage)
+  compose = _compose if early is None else functools.partial(_compose_items, early=early)
+  return Plan(tuple(compose(tasks, settings)), tuple(overlong), stage)
+
+
+def check_early(early: Early, *, orders: str, samples: int, chunk_tasks: int) -> None:
+  """What can be known to be wrong before there are items."""
+  if samples > chunk_tasks:
+    raise ValueError(
+        f'early: {samples} samples per item do not fit into chunk_tasks={chunk_tasks}, and a vote that may '
+        'stop is drawn in one chunk; raise judge.chunk_tasks'
+    )
+  if early.alpha is not None and orders == 'balanced':
+    raise ValueError(
+        "early: the statistical rule needs samples that can be exchanged, which those of orders='balanced' cannot; "
+        "take orders='shuffle', or early='exact'"
+    )
+
+
+def _compose_items(tasks: Sequence[Task], settings: Settings, early: Early) -> Iterator[Chunk]:
+  """The same as `_compose` with whole items."""
+  items: dict[int, list[Task]] = {}
+  for task in tasks:
+    items.setdefault(task.item, []).append(task)
+  bucket = [max(len(task.prompt_ids) for task in item) for item in items.values()]
+  index, held, prompts_held = 0, [], 0
+  items_ = list(items.values())
+  for i in np.argsort(-np.searchsorted(settings.buckets, bucket), kind='stable'):
+    orders = len({task.info.order for task in items_[i]})
+    if orders > settings.chunk_prompts:
+      raise ValueError(
+          f'early: item {items_[i][0].info.uid!r} is shown in {orders} orders, but chunk_prompts is '
+          f'{settings.chunk_prompts}, and a vote that may stop is drawn in one chunk; raise judge.chunk_prompts'
+      )
+    if len(held) + len(items_[i]) > settings.chunk_tasks or prompts_held + orders > settings.chunk_prompts:
+      yield _chunk(index, held, settings, early)
+      index, held, prompts_held = index + 1, [], 0
+    held += items_[i]
+    prompts_held += orders
+  if held:
+    yield _chunk(index, held, settings, early)
 
 
 def _compose(tasks: Sequence[Task], settings: Settings) -> Iterator[Chunk]:
@@ -224,34 +294,93 @@ def _compose(tasks: Sequence[Task], settings: Settings) -> Iterator[Chunk]:
     yield _chunk(index, held, settings)
 
 
-def _chunk(index: int, tasks: Sequence[Task], settings: Settings) -> Chunk:
+def _chunk(index: int, tasks: Sequence[Task], settings: Settings, early: Early | None = None) -> Chunk:
   longest = max(len(task.prompt_ids) for task in tasks)
-  return Chunk(index, tuple(tasks), next(b for b in settings.buckets if b >= longest))
+  return Chunk(index, tuple(tasks), next(b for b in settings.buckets if b >= longest), early)
 
 
 def run(judge: Judge, chunks: Iterable[Chunk]) -> Iterator[tuple[Chunk, list[types.Trajectory]]]:
   """Draws the chunks in turn; while the devices draw one, the host reads the one before, and the caller uses it.
 
-  Where a chunk cannot be drawn, the one before is given first.
+  Trajectories come in the order of the chunk's tasks, without those that were withdrawn. Where a chunk cannot be drawn,
+  the one before is given first.
   """
   drawn = None
   for chunk in chunks:
     error = None
     try:
-      wait = _launch(judge, chunk)
+      votes = _Votes(chunk, judge.tokenizer)
+      wait = _launch(judge, chunk, votes)
     except BaseException as caught:  # a signal to stop too: to compile a chunk's program may take minutes
       error = caught
     if drawn is not None:
-      yield drawn[0], read(drawn[0].tasks, drawn[1], judge.tokenizer)
+      yield drawn[0], drawn[1].read(drawn[2])
     if error is not None:
       raise error
-    drawn = chunk, wait()
+    drawn = chunk, votes, wait()
     del wait  # and with it the caches of this chunk
   if drawn is not None:
-    yield drawn[0], read(drawn[0].tasks, drawn[1], judge.tokenizer)
+    yield drawn[0], drawn[1].read(drawn[2])
 
 
-def _launch(judge: Judge, chunk: Chunk) -> Callable[[], types.Rollouts]:
+class _Votes:
+  """The votes of a chunk's items, as far as they are read."""
+
+  def __init__(self, chunk: Chunk, tokenizer: Tokenizer):
+    self._chunk, self._tokenizer = chunk, tokenizer
+    self._found: dict[int, types.Trajectory] = {}
+    items: dict[int, list[int]] = {}
+    for row, task in enumerate(chunk.tasks):
+      items.setdefault(task.item, []).append(row)
+    if chunk.early is not None:
+      self._rows = np.asarray(list(items.values()))  # [B, K]
+      self._at = {row: (b, k) for b, rows in enumerate(self._rows.tolist()) for k, row in enumerate(rows)}
+      first = [chunk.tasks[rows[0]] for rows in self._rows]
+      sizes = np.asarray([len(task.info.order) for task in first])
+      self._response_mask = np.arange(sizes.max())[None, :] < sizes[:, None]
+      self._low, self._high = (np.asarray([getattr(task.prompt, name) for task in first]) for name in ('low', 'high'))
+      self._scores = np.zeros((*self._rows.shape, sizes.max()), np.int32)
+      self._valid, self._ended = np.zeros((2, *self._rows.shape), bool)
+
+  def withdraw(self, index: np.ndarray, rollouts: types.Rollouts) -> np.ndarray:
+    """Reads tasks that have ended; the samples that no vote needs any more."""
+    self._read(index.tolist(), rollouts)
+    return self._unneeded()
+
+  def read(self, rollouts: types.Rollouts) -> list[types.Trajectory]:
+    """All that the votes need."""
+    kept = np.ones(len(self._chunk.tasks), bool)
+    if rollouts.withdrawn is not None:
+      kept = ~rollouts.withdrawn[: len(kept)]
+    rest = [row for row in np.flatnonzero(kept).tolist() if row not in self._found]
+    self._read(rest, dataclasses.replace(
+        rollouts, tokens=rollouts.tokens[rest], logp=rollouts.logp[rest], token_mask=rollouts.token_mask[rest]
+    ))
+    if self._chunk.early is not None:
+      kept[self._unneeded()] = False  # by what ended last, too
+    return [self._found[row] for row in np.flatnonzero(kept).tolist()]
+
+  def _read(self, rows, rollouts):
+    for row, found in zip(rows, read([self._chunk.tasks[row] for row in rows], rollouts, self._tokenizer)):
+      self._found[row] = found
+      if self._chunk.early is not None:
+        at = self._at[row]
+        self._ended[at] = True
+        if found.scores is not None:
+          self._scores[at][list(found.order)] = found.scores
+          self._valid[at] = True
+
+  def _unneeded(self):
+    K = self._rows.shape[1]
+    known = np.where(self._ended.all(axis=1), K, np.argmin(self._ended, axis=1))  # the first ones without a gap
+    needed = early_algo.votes_needed(
+        self._scores, self._valid, known, self._response_mask, self._low, self._high, self._chunk.early.threshold,
+        self._chunk.early.alpha,
+    )
+    return self._rows[np.arange(K)[None, :] >= needed[:, None]]
+
+
+def _launch(judge: Judge, chunk: Chunk, votes: _Votes) -> Callable[[], types.Rollouts]:
   """Hands a chunk to the engine: prompts and tasks padded to the fixed sizes of the settings."""
   settings = judge.settings
   slots: dict[tuple, int] = {}
@@ -280,7 +409,8 @@ def _launch(judge: Judge, chunk: Chunk) -> Callable[[], types.Rollouts]:
       min_p=constant(settings.min_p, np.float32),
       row_mask=np.arange(queue) < len(chunk.tasks),
   )
-  rollouts = judge.generate(batch, tasks, tuple(t.info for t in chunk.tasks))
+  steer = () if chunk.early is None else (votes.withdraw,)
+  rollouts = judge.generate(batch, tasks, tuple(t.info for t in chunk.tasks), *steer)
   return rollouts if callable(rollouts) else lambda: rollouts
 
 
@@ -374,22 +504,28 @@ def judge(
     visits: Sequence[int] | None = None,
     hinted: bool = False,
     on_chunk: Callable[[int], None] | None = None,
+    early: Early | None = None,
 ) -> Judged:
-  """Judges every example `samples` times; `on_chunk` is told how many samples each chunk drew."""
+  """Judges every example `samples` times, or as often as its vote needs (`early`).
+
+  `on_chunk` is told how many samples each chunk was to draw.
+  """
   planned = plan(
-      judge, examples, samples=samples, stage=stage, visits=visits, hinted=hinted
+      judge, examples, samples=samples, stage=stage, visits=visits, hinted=hinted, early=early
   )
   grouped: list[list[types.Trajectory]] = [[] for _ in examples]
   for chunk, drawn in run(judge, planned.chunks):
-    for task, trajectory in zip(chunk.tasks, drawn, strict=True):
-      grouped[task.item].append(trajectory)
+    item = {(task.info.uid, task.info.visit): task.item for task in chunk.tasks}
+    for trajectory in drawn:
+      grouped[item[trajectory.uid, trajectory.visit]].append(trajectory)
     if on_chunk is not None:
       on_chunk(len(chunk.tasks))
   scored = judgments([len(e.responses) for e in examples], grouped)
-  if scored.valid.shape[1] < samples:  # every item was over-long
+  missing = samples - scored.valid.shape[1]  # every item was over-long, or stopped before
+  if missing:
     scored = types.Judgments(
-        np.zeros((len(examples), samples, scored.scores.shape[2]), np.int32),
-        np.zeros((len(examples), samples), bool),
+        np.pad(scored.scores, ((0, 0), (0, missing), (0, 0))),
+        np.pad(scored.valid, ((0, 0), (0, missing))),
         scored.response_mask,
     )
   return Judged(tuple(map(tuple, grouped)), scored, planned.overlong)

@@ -3,6 +3,7 @@
     engine = Engine(model=..., mesh=..., ...)
     rollouts = engine.generate(params, prompts, tasks)
     wait = engine.launch(params, prompts, tasks)        the same in two steps: the host is free until wait()
+    ... engine.launch(params, prompts, tasks, withdraw)  gives tasks up as soon as `withdraw` says so
 
 The host side only checks and deals: prompts go to the G groups of rows of the mesh, each task follows
 its prompt, everything is padded to what the mesh divides, and the results are put back in the order of
@@ -15,6 +16,9 @@ name (seed, stage, visit, uid, sample) only, up to float ties: not on rows, batc
    prompt has far more than the others, the queues of all groups grow to a power of two times Q / G.
 3. At most so many prompts are held at a time as keep the rows busy; the others wait for their turn.
 4. Prompts that begin alike are cut in trunk and branch where that is less work (`trunks`, `_choose`).
+5. Where tasks may be withdrawn, the prompts of the first samples come first, and few tasks of a prompt run side by
+   side: an item's samples are then spread over time, and are not all under way when the first of them have decided.
+   Prompts stay whole there.
 """
 
 from collections.abc import Callable
@@ -34,12 +38,19 @@ from spct_jax.types import PromptBatch, Rollouts, Tasks
 
 _ALL = 2**30  # steps: more than any run takes
 _PREFILL = 1024  # tokens that go through the model at once: enough to fill it, few enough to keep its activations small
+_SEATS = 8  # of a prompt whose tasks may be withdrawn, where that keeps all rows busy
 _WIDTHS = sorted(m << i for m in (1, 3) for i in range(24))
 _SLOTS = sorted({m << i for m in range(8, 16) for i in range(24)} | set(range(1, 8)))
 # What a step's work is made of, in seats of one slot: to read one more slot, and a row with all that is not its prompt.
 _SLOT, _ROW = 16, 4
 _POSITIONS = 1024  # of the slot that is meant
 _GAIN = 0.9  # a cut has to leave this much of the work at most, so that chance does not choose a program
+
+
+# Called with the tasks that have newly ended, as their indices int[m] and their rollouts in that order; returns the
+# indices of tasks to give up: of each prompt the last ones, in the order of the tasks. What ran or has ended may be
+# among them. A function of what it was given alone, because every process calls its own.
+Withdraw = Callable[[np.ndarray, Rollouts], np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,9 +98,12 @@ class Engine:
 
   @property
   def _settings(self) -> loop.Settings:
+    return self._settings_of(withdraws=False)
+
+  def _settings_of(self, withdraws: bool) -> loop.Settings:
     rules = tuple((pattern, _hashable(spec)) for pattern, spec in self.cache_rules)
     eos_ids = tuple(map(int, self.eos_ids))
-    return loop.Settings(self.model, self.mesh, rules, self.max_new_tokens, eos_ids, self.cache_dtype)
+    return loop.Settings(self.model, self.mesh, rules, self.max_new_tokens, eos_ids, self.cache_dtype, withdraws)
 
   def cache_shardings(self, num_prompts: int, prompt_length: int) -> dict | None:
     """{'prompt': tree, 'rows': tree} of NamedShardings, of caches as large as `generate` makes at most.
@@ -112,28 +126,37 @@ class Engine:
       on_progress: Callable[[int, int], None] | None = None,
       segment: int | None = None,
       limits: np.ndarray | None = None,
+      withdraw: Withdraw | None = None,
   ) -> Rollouts:
     """Runs all tasks; numpy in, numpy out, in the order of the tasks. Padding tasks get an empty row.
 
     `on_progress(done, total)` is called after every `segment` steps, or once at the end if that is None.
     `limits` int[Q] ends each task after so many tokens; None is `max_new_tokens` for all.
+    `withdraw` is asked after every segment, by default of a sixteenth of `max_new_tokens`; the devices go on with the
+    next one while it thinks. The other tasks get what they get without it; tasks that it gave up have empty rows.
     """
-    return self._launch(params, prompts, tasks, on_progress, segment, limits)()
+    return self._launch(params, prompts, tasks, on_progress, segment, limits, withdraw)()
 
-  def launch(self, params: dict, prompts: PromptBatch, tasks: Tasks) -> Callable[[], Rollouts]:
+  def launch(
+      self, params: dict, prompts: PromptBatch, tasks: Tasks, withdraw: Withdraw | None = None
+  ) -> Callable[[], Rollouts]:
     """Starts what `generate` does and returns at once; the function that it returns waits and gives the rollouts.
 
     The caches of two launched runs exist side by side: call the first one's function before launching the second.
+    With `withdraw` only the first segment is started at once.
     """
-    return self._launch(params, prompts, tasks, None, None, None)
+    return self._launch(params, prompts, tasks, None, None, None, withdraw)
 
-  def _launch(self, params, prompts, tasks, on_progress, segment, limits):
+  def _launch(self, params, prompts, tasks, on_progress, segment, limits, withdraw):
     if segment is not None and segment < 1:
       raise ValueError(f'segment: got {segment}; needs at least 1 step, or None for one uninterrupted run.')
-    dealt, given, state = self._begin(params, prompts, tasks, limits)
+    dealt, given, state = self._begin(params, prompts, tasks, limits, withdraw is not None)
     total = int(tasks.row_mask.sum())
     if not total:
       return lambda: self._rollouts(len(tasks.prompt), None, None)
+    if withdraw is not None:
+      steps = np.int32(segment or max(1, self.max_new_tokens // 16))
+      return self._withdrawing(dealt, given, state, steps, len(tasks.prompt), on_progress, withdraw)
     steps = np.int32(_ALL if segment is None else segment)
     state, finished = loop.advance(*given, state, steps)
 
@@ -149,15 +172,45 @@ class Engine:
 
     return wait
 
-  def _begin(self, params, prompts, tasks, limits):
+  def _withdrawing(self, dealt, given, state, steps, Q, on_progress, withdraw):
+    """The rest of `_launch` where tasks may be withdrawn."""
+    settings, sizes, weights, root, prompts, queue = given
+    waiting, total = _Waiting(dealt, sharding.to_host(prompts.number)), int((dealt >= 0).sum())
+    state, count = loop.advance(*given, state, steps)
+    ended, told = loop.news(sizes, state, _put(np.zeros(dealt.shape, bool), self.mesh))
+
+    def wait():
+      nonlocal prompts
+      held, (done, seen, told_) = state, (count, ended, told)
+      while True:
+        # What is decided below holds from the segment after this one.
+        held, next_done = loop.advance(settings, sizes, weights, root, prompts, queue, held, steps)
+        next_seen, told_ = loop.news(sizes, held, told_)
+        finished = int(sharding.to_host(done))
+        if on_progress is not None:
+          on_progress(finished, total)
+        if finished == total:
+          return self._rollouts(Q, dealt, held, waiting.withdrawn(Q))
+        place, *found = sharding.to_host(seen)
+        index = waiting.tasks(place)
+        if (index >= 0).any():
+          new = index >= 0
+          waiting.withdraw(withdraw(index[new], self._rows(*(values[new] for values in found))))
+          prompts = prompts._replace(number=_put(waiting.number, self.mesh))
+        done, seen = next_done, next_seen
+
+    return wait
+
+  def _begin(self, params, prompts, tasks, limits, withdraws=False):
     """-> which task stands where in the queues, what `loop.advance` takes before its state, the first state."""
-    T, settings = self.max_new_tokens, self._settings
+    T, settings = self.max_new_tokens, self._settings_of(withdraws)
     limits = np.full(len(tasks.prompt), T) if limits is None else np.asarray(limits)
     _check(prompts, tasks, self.model.config.vocab_size, limits, T)
     if not tasks.row_mask.any():
       return None, None, None
-    cut, sizes = _choose(prompts, tasks, settings.groups, self.rows, T, self.share_trunks)
-    dealt, *host = _deal(prompts, tasks, limits, settings.groups, cut)
+    share = self.share_trunks and not withdraws
+    cut, sizes = _choose(prompts, tasks, settings.groups, self.rows, T, share, withdraws)
+    dealt, *host = _deal(prompts, tasks, limits, settings.groups, cut, withdraws)
     dealt_prompts, queue = _put(host, self.mesh)
     root = np.asarray(jax.random.key_data(keys.root_key(self.seed, self.stage)))
     # Layers that stand alone pass by the program, whose results would be copies of them.
@@ -165,21 +218,65 @@ class Engine:
     weights, state = loop.start(settings, sizes, {} if alone else params, dealt_prompts, queue)
     return dealt, (settings, sizes, params if alone else weights, root, dealt_prompts, queue), state
 
-  def _rollouts(self, Q, dealt, state) -> Rollouts:
-    """The state's results in the order of the tasks; empty rows for padding."""
+  def _rollouts(self, Q, dealt, state, withdrawn=None) -> Rollouts:
+    """The state's results in the order of the tasks; empty rows for padding and for what was withdrawn."""
     T = self.max_new_tokens
     tokens, logp, length = np.zeros((Q, T), np.int32), np.zeros((Q, T), np.float32), np.zeros(Q, np.int32)
     if state is not None:
       real = dealt >= 0
+      if withdrawn is not None:
+        real &= ~withdrawn[dealt]
       found = sharding.to_host((state.tokens, state.logp, state.length))
-      if np.isnan(found[1][real]).any():
-        raise FloatingPointError(
-            'the model gives no finite logit, so nothing can be sampled from it: its parameters are NaN or infinite; '
-            'go back to a checkpoint before the training diverged'
-        )
       for out, values in zip((tokens, logp, length), found):
         out[dealt[real]] = values[real]
-    return Rollouts(tokens=tokens, logp=logp, token_mask=np.arange(T)[None, :] < length[:, None])
+    return dataclasses.replace(self._rows(tokens, logp, length), withdrawn=withdrawn)
+
+  def _rows(self, tokens, logp, length) -> Rollouts:
+    if np.isnan(logp).any():
+      raise FloatingPointError(
+          'the model gives no finite logit, so nothing can be sampled from it: its parameters are NaN or infinite; '
+          'go back to a checkpoint before the training diverged'
+      )
+    return Rollouts(tokens=tokens, logp=logp, token_mask=np.arange(self.max_new_tokens)[None, :] < length[:, None])
+
+
+class _Waiting:
+  """Which tasks are withdrawn, on the host: `number[G, U]` of each prompt's tasks are left."""
+
+  def __init__(self, dealt: np.ndarray, number: np.ndarray):
+    self._dealt, self.number = dealt, number
+    G, Q = dealt.shape
+    self._gone = np.zeros((G, Q), bool)
+    ends = number.cumsum(axis=1)
+    self._prompt = np.stack([np.searchsorted(end, np.arange(Q), 'right') for end in ends])  # of each place, [G, Q]
+
+  def tasks(self, place: np.ndarray) -> np.ndarray:
+    """The tasks at these places [G, R] of the queues; -1 where there is none or it was withdrawn."""
+    G, Q = self._dealt.shape
+    group, inside = np.arange(G)[:, None], np.minimum(place, Q - 1)
+    return np.where((place < Q) & ~self._gone[group, inside], self._dealt[group, inside], -1)
+
+  def withdraw(self, index: np.ndarray):
+    index = np.asarray(index, np.int64).reshape(-1)
+    real = self._dealt >= 0
+    known = np.isin(index, self._dealt[real])
+    if not known.all():
+      raise ValueError(f'withdraw: gave up task {index[~known][0]}; allowed: the indices of real tasks.')
+    self._gone |= real & np.isin(self._dealt, index)
+    kept = real & ~self._gone
+    same = self._prompt[:, 1:] == self._prompt[:, :-1]
+    if (same & kept[:, 1:] & ~kept[:, :-1]).any():
+      raise ValueError('withdraw: gave up a task before others of its prompt; allowed: the last tasks of each prompt.')
+    G, U = self.number.shape
+    self.number = np.stack([
+        np.bincount(prompt[keep], minlength=U)[:U] for prompt, keep in zip(self._prompt, kept)
+    ]).astype(np.int32)
+
+  def withdrawn(self, Q: int) -> np.ndarray:
+    """bool[Q], in the order of the tasks."""
+    out = np.zeros(Q, bool)
+    out[self._dealt[self._gone]] = True
+    return out
 
 
 def _hashable(spec):
@@ -233,13 +330,16 @@ def _slices(prompts: PromptBatch, begin: np.ndarray, size: int) -> np.ndarray:
   return np.where(at < prompts.length[:, None], tokens, 0)
 
 
-def _deal(prompts: PromptBatch, tasks: Tasks, limits: np.ndarray, G: int, cut: trunks.Cut | None = None):
+def _deal(prompts: PromptBatch, tasks: Tasks, limits: np.ndarray, G: int, cut: trunks.Cut | None = None, withdraws: bool = False):
   """-> dealt int[G, q] (which task stands where in the queues, -1 = none), Prompts, Queue."""
   Q, (U, P) = len(tasks.prompt), prompts.tokens.shape
   prompt = np.where(tasks.row_mask, tasks.prompt, 0)
   counts = _counts(prompts, tasks)
   if cut is None:
     group, place, number = _places(counts, G)
+    if withdraws:
+      place = _by_samples(group, prompt, tasks)
+      number[group, place] = counts
     here, begin, size, more = np.arange(U), np.zeros(U, int), P, {}
   else:
     places = trunks.deal(counts, cut, G)
@@ -300,7 +400,7 @@ def _trunk_arrays(prompts: PromptBatch, cut: trunks.Cut, places: trunks.Dealt, h
   )
 
 
-def _choose(prompts: PromptBatch, tasks: Tasks, G: int, rows: int, T: int, share_trunks: bool):
+def _choose(prompts: PromptBatch, tasks: Tasks, G: int, rows: int, T: int, share_trunks: bool, withdraws: bool):
   """-> the cut of the prompts, None where whole ones are as good, and the sizes. By work as estimated here.
 
   It is counted in what one query's attention to one position costs, for one group.
@@ -320,7 +420,7 @@ def _choose(prompts: PromptBatch, tasks: Tasks, G: int, rows: int, T: int, share
   number = _places(counts, G)[2]
   room = _room(Q, number)
   held = min(_parts(rows, G), room)
-  sizes = _sizes(number, room, held, P)
+  sizes = _sizes(number, room, held, P, withdraws)
   best = work(number, held, [(sizes, P, number, 0)]), None, sizes
   for cut in trunks.cuts(prompts, tasks) if share_trunks else ():
     dealt = trunks.deal(counts, cut, G)
@@ -343,17 +443,36 @@ def _choose(prompts: PromptBatch, tasks: Tasks, G: int, rows: int, T: int, share
   return best[1:]
 
 
-def _sizes(number: np.ndarray, Q: int, rows: int, P: int) -> loop.Sizes:
+def _by_samples(group: np.ndarray, prompt: np.ndarray, tasks: Tasks) -> np.ndarray:
+  """Places of the prompts in their groups where tasks may be withdrawn: those of the first samples come first.
+
+  Prompts of one item, as its orders, stay side by side: a vote needs the first samples of all of them.
+  """
+  last = np.iinfo(np.int64).max
+  real, U = tasks.row_mask, len(group)
+  sample, seen, place = np.full(U, last), np.full(U, last), np.empty(U, int)
+  np.minimum.at(sample, prompt[real], tasks.sample[real])
+  np.minimum.at(seen, prompt[real], np.flatnonzero(real))
+  order = np.lexsort((seen, sample // _SEATS))
+  for g in set(group.tolist()):
+    mine = order[group[order] == g]
+    place[mine] = np.arange(len(mine))
+  return place
+
+
+def _sizes(number: np.ndarray, Q: int, rows: int, P: int, withdraws: bool = False) -> loop.Sizes:
   """How many slots a group of Q places in the queue gets and how many rows sit at each; `number[G, U]` tasks a prompt.
 
   The least of steps x work of a step, both as estimated here. Widths go in steps of a half, slots in
   steps of an eighth, so that few programs arise.
   """
   U, used = number.shape[1], number[number > 0]
+  prompts = max(1, int((number > 0).sum(axis=1).min()))
+  most = max(_SEATS, _parts(rows, prompts)) if withdraws else rows
   batch = max(1, min(U, _PREFILL // P))
   best = None
   for width in _WIDTHS:
-    width = min(width, rows)
+    width = min(width, rows, most)
     held = np.minimum(used, width).mean()
     waves = used.mean() / held
     slots = rows / held
@@ -367,7 +486,7 @@ def _sizes(number: np.ndarray, Q: int, rows: int, P: int) -> loop.Sizes:
     cost = (length + waves - 1) * (_ROW * rows + slots * (width + _SLOT))
     if best is None or cost < best[0]:
       best = cost, slots, width
-    if width >= min(rows, used.max()):
+    if width >= min(rows, most, used.max()):
       break
   _, slots, width = best
   return loop.Sizes(rows=rows, slots=slots, width=width, batch=min(batch, slots))

@@ -28,6 +28,9 @@ a prompt of one token leaves its slot empty. With T = 4, at clock 5, for a row t
     seen              1   1   .   .      age <= clock - began
 
 A row lives for at most T steps, so the ring never overwrites an entry that its row still needs.
+
+The host may withdraw the last tasks of a prompt between two calls of `advance`, by a smaller `Prompts.number`: then
+they are not started, rows that run one are free at once, and prompts that have no task left are not filled.
 """
 
 import dataclasses
@@ -46,7 +49,10 @@ from spct_jax.sampling import decoding, keys, shared, suffixes
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """What is compiled in; hashable. `eos_ids` may be empty; `cache_rules` are unused without a mesh."""
+  """What is compiled in; hashable. `eos_ids` may be empty; `cache_rules` are unused without a mesh.
+
+  `withdraws`: tasks may be withdrawn.
+  """
 
   model: Transformer
   mesh: jax.sharding.Mesh | None
@@ -54,6 +60,7 @@ class Settings:
   max_new_tokens: int
   eos_ids: tuple[int, ...]
   cache_dtype: str | None = None  # None: the model's
+  withdraws: bool = False
 
   @property
   def groups(self) -> int:
@@ -229,16 +236,23 @@ def advance(
     settings: Settings, sizes: Sizes, weights: dict, root: jax.Array, prompts: Prompts, queue: Queue, state: State,
     steps: jax.Array,
 ) -> tuple[State, jax.Array]:
-  """At most `steps` steps; returns the state and how many tasks are done. Cutting a run in parts changes nothing.
+  """At most `steps` steps; returns the state and how many tasks are done (withdrawn ones, too).
+
+  Cutting a run in parts changes nothing.
 
   `weights` are those of `start`, `root` is the data of `keys.root_key`: plain numbers, which every process may pass.
   """
   root = jax.random.wrap_key_data(root, impl='threefry2x32')
   task_keys = jax.vmap(keys.fold_tasks, (None, 0, 0, 0))(root, queue.uid, queue.visit, queue.sample)
   until, total = state.clock + steps, queue.count.sum()
+  if settings.withdraws:
+    state = _withdraw(sizes, prompts, queue, state)
+
+  def done(state):
+    return total - _left(prompts, queue, state) if settings.withdraws else state.done.sum()
 
   def unfinished(state):
-    return (state.clock < until) & (state.done.sum() < total)
+    return (state.clock < until) & (done(state) < total)
 
   def can_prefill(state):
     fill = _can_fill(sizes, prompts, state)
@@ -261,7 +275,51 @@ def advance(
     )
 
   state = jax.lax.while_loop(unfinished, fill_then_decode, state)
-  return state, state.done.sum()
+  return state, done(state)
+
+
+# --- tasks that are withdrawn
+
+
+def _withdraw(sizes: Sizes, prompts: Prompts, queue: Queue, state: State) -> State:
+  """Rows that run a withdrawn task are free, and take others."""
+  Q = queue.visit.shape[1]
+  end = _of(_of(prompts.first + prompts.number, state.prompt), state.slot)
+  gone = (state.task < Q) & (state.task >= end)
+  state = state._replace(task=jnp.where(gone, Q, state.task), slot=jnp.where(gone, sizes.slots, state.slot))
+  return _admit(sizes, prompts, _skip(prompts, state))
+
+
+def _skip(prompts: Prompts, state: State) -> State:
+  """The next prompt to fill a slot is one with a task."""
+  index = jnp.arange(prompts.number.shape[1], dtype=jnp.int32)[None, :]
+  to_come = (index >= state.head[:, None]) & (prompts.number > 0)
+  head = jnp.where(to_come.any(axis=1), jnp.argmax(to_come, axis=1), jnp.maximum(prompts.count, state.head))
+  return state._replace(head=head.astype(jnp.int32))
+
+
+def _left(prompts: Prompts, queue: Queue, state: State):
+  """Tasks that run, wait in a slot, or wait for one."""
+  index = jnp.arange(prompts.number.shape[1], dtype=jnp.int32)[None, :]
+  to_come = jnp.where(index >= state.head[:, None], prompts.number, 0).sum()
+  return to_come + _waiting(prompts, state).sum() + (state.task < queue.visit.shape[1]).sum()
+
+
+@functools.partial(jax.jit, static_argnames='sizes')
+def news(sizes: Sizes, state: State, told: jax.Array) -> tuple[tuple[jax.Array, ...], jax.Array]:
+  """Tasks that have ended and are not `told` bool[G, Q], at most R a group, and `told` with them.
+
+  They are (their places in the queue [G, R], Q = none; tokens [G, R, T], logp [G, R, T], length [G, R]).
+  """
+  (G, Q), R = told.shape, sizes.rows
+  mark = jax.vmap(lambda out, index: out.at[index].set(True, mode='drop'))
+  ended = (state.length > 0) & ~mark(jnp.zeros((G, Q), bool), state.task)
+  new = ended & ~told
+  rank = jnp.where(new, jnp.cumsum(new, axis=1) - 1, R)
+  queue = jnp.broadcast_to(jnp.arange(Q, dtype=jnp.int32)[None, :], (G, Q))
+  index = jax.vmap(lambda rank, queue: jnp.full(R, Q, jnp.int32).at[rank].set(queue, mode='drop'))(rank, queue)
+  found = tuple(_of(values, index) for values in (state.tokens, state.logp, state.length))
+  return (index, *found), mark(told, index)
 
 
 # --- prompts
@@ -314,7 +372,7 @@ def _fill(settings: Settings, sizes: Sizes, weights: dict, prompts: Prompts, sta
       taken=_put(state.taken, place, _of(prompts.first, new)),
       slots=cache,
   )
-  return _admit(sizes, prompts, state)
+  return _admit(sizes, prompts, _skip(prompts, state) if settings.withdraws else state)
 
 
 def _fits(free, waiting, batch):
@@ -479,9 +537,7 @@ def _admit(sizes: Sizes, prompts: Prompts, state: State) -> State:
   """Free rows take waiting tasks, the lowest row and the earliest prompt first; prompts without a task leave."""
   U = prompts.length.shape[1]
   slots = jnp.arange(sizes.slots, dtype=jnp.int32)[None, None, :]
-  here = state.prompt < U
-  end = _of(prompts.first, state.prompt) + _of(prompts.number, state.prompt)
-  waiting = jnp.where(here, end - state.taken, 0)
+  waiting = _waiting(prompts, state)
   seated = (state.slot[:, :, None] == slots).sum(axis=1)
   offered = jnp.minimum(waiting, sizes.width - seated)
   earlier = state.prompt[:, None, :] < state.prompt[:, :, None]
@@ -518,6 +574,12 @@ def _admit(sizes: Sizes, prompts: Prompts, state: State) -> State:
 def _or(values, index, other):
   """`_of`, but `other` behind the end."""
   return jnp.where(index < values.shape[1], _of(values, index), other)
+
+
+def _waiting(prompts: Prompts, state: State):
+  """[G, S]: tasks of each slot's prompt that no row has taken; below what was taken where tasks are withdrawn: none."""
+  end = _of(prompts.first, state.prompt) + _of(prompts.number, state.prompt)
+  return jnp.where(state.prompt < prompts.length.shape[1], jnp.maximum(end - state.taken, 0), 0)
 
 
 def _of(values, index):

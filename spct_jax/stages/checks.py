@@ -6,6 +6,7 @@ A pipeline calls it for all its stages before the first one works.
 from typing import Any
 
 from spct_jax.data import instructions, stream
+from spct_jax.judges import grm
 from spct_jax.stages import datasets, loading, named, trackers
 from spct_jax.train import update
 
@@ -135,6 +136,7 @@ def evaluation(config: Any, mesh: Any) -> None:
         f'evaluate.ks: got {ks[-1]} votes from a pool of evaluate.samples={fields.samples}; raise the pool or '
         'lower k'
     )
+  _early(config)
   _at_least('evaluate.k_meta', fields.k_meta, 0)
   if fields.meta and fields.k_meta > ks[-1]:
     raise ValueError(
@@ -176,6 +178,32 @@ def evaluation(config: Any, mesh: Any) -> None:
         f'evaluate.models: tables would call two of {tuple(fields.models)} the same, {labels}; give evaluate.names, '
         'one distinct name for each'
     )
+
+
+def _early(config: Any) -> None:
+  """Votes that stop have the winner of the full vote, and nothing else of it: no smaller k, no guidance."""
+  fields, judge = config.evaluate, config.judge
+  try:
+    rule = grm.early(fields.early, alpha=fields.early_alpha, threshold=0.0)
+  except ValueError as error:
+    raise ValueError(f'evaluate.{error}') from None
+  if rule is None:
+    return
+  if tuple(fields.ks) != (fields.samples,):
+    raise ValueError(
+        f'evaluate.early: got {fields.early!r} with evaluate.ks={tuple(fields.ks)}; votes stop once the vote of all '
+        f'evaluate.samples is decided, so only that one is known: set evaluate.ks=({fields.samples},), or '
+        "evaluate.early='none'"
+    )
+  if fields.meta:
+    raise ValueError(
+        f'evaluate.early: got {fields.early!r} with evaluate.meta={fields.meta!r}; the meta-RM picks the voters among '
+        "all samples, so no vote is decided before the last: set evaluate.meta='', or evaluate.early='none'"
+    )
+  try:
+    grm.check_early(rule, orders=fields.orders, samples=fields.samples, chunk_tasks=judge.chunk_tasks)
+  except ValueError as error:
+    raise ValueError(f'evaluate.{error}') from None
 
 
 def stage(config: Any, mesh: Any, name: str) -> None:

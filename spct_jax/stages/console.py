@@ -52,7 +52,8 @@ def _block(benchmark: str, n: int | None, rows: Sequence[Mapping[str, Any]]) -> 
   }
   stages = list(dict.fromkeys(row['stage'] for row in rows))
   kinds = [kind for kind in kinds if any((stage, *kind[1:]) in found for stage in stages)]
-  cells = [['stage', 'parse failures', *(kind[0] for kind in kinds)]]
+  stopped = any('votes_saved' in row for row in rows)
+  cells = [['stage', 'parse failures', *(kind[0] for kind in kinds), *(['votes saved'] if stopped else [])]]
   for stage in stages:
     own = [found.get((stage, *kind[1:])) for kind in kinds]
     largest = max((row for row in own if row is not None), key=lambda row: row['k'])
@@ -60,6 +61,7 @@ def _block(benchmark: str, n: int | None, rows: Sequence[Mapping[str, Any]]) -> 
         stage,
         results.percent(largest['parse_failure']),
         *('–' if row is None else results.decimals(row['accuracy']) for row in own),
+        *([results.percent(largest.get('votes_saved'))] if stopped else []),
     ])
   count = results.count(max(row['items'] for row in rows), 'item')
   what = '' if n is None else f' of {results.count(n, "response")}'

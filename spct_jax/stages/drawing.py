@@ -18,6 +18,9 @@ def draw(
 ) -> tuple[types.Trajectory, ...]:
   """Draws all chunks of a plan into `path` (JSONL, one trajectory a row) and returns what it holds.
 
+  Where votes stop early, each item has the first of its planned samples, as many as its vote needed: a vote stops
+  within its chunk, so a resumed run draws what the uninterrupted one would have drawn.
+
   A finished file is returned as it is: the stage's record says whether it belongs to this config. Every
   process draws and reads, one writes; the folder is shared between them. What one call has drawn whole is not read
   back.
@@ -28,7 +31,7 @@ def draw(
   def done():
     held = writer.done
     for chunk in planned.chunks:
-      if chunk.index in held and not writer.finished and _names(writer.rows(chunk.index)) != _planned(chunk):
+      if chunk.index in held and not writer.finished and not _drawn_of(chunk, _names(writer.rows(chunk.index))):
         raise ValueError(
             f'{writer.folder}: what an earlier run has drawn is not what this plan draws there; it belongs to other data, '
             'or was begun by a release that drew in another order: remove that folder, and the same command begins again'
@@ -48,12 +51,14 @@ def draw(
       )
       fresh += drawn
       parsed = sum(trajectory.scores is not None for trajectory in drawn)
-      progress.update(len(drawn), metrics={'parsed': parsed / len(drawn)})
+      progress.update(len(chunk.tasks), metrics={'parsed': parsed / len(drawn)})
   processes.only_writer(lambda: writer.finish(len(planned.chunks)), what=f'writing {path}')
-  if len(fresh) == total:
+  if len(todo) == len(planned.chunks):
     return tuple(fresh)
   found = load(path)
-  if len(found) != total or set().union(*map(_planned, planned.chunks)) != {_name(vars(one)) for one in found}:
+  names = {_name(vars(one)) for one in found}
+  whole = all(_drawn_of(chunk, names & _planned(chunk)) for chunk in planned.chunks)
+  if len(found) != len(names) or not whole or names - set().union(*map(_planned, planned.chunks)):
     raise ValueError(
         f'{path} holds {len(found)} trajectories that are not the {total} of the plan; it was edited or belongs to other '
         'data: remove it, and the same command draws it again'
@@ -71,6 +76,16 @@ def _names(rows: Iterable[Mapping[str, object]]) -> set[tuple]:
 
 def _planned(chunk: grm.Chunk) -> set[tuple]:
   return _names(vars(task.info) for task in chunk.tasks)
+
+
+def _drawn_of(chunk: grm.Chunk, names: set[tuple]) -> bool:
+  """Whether these are what a chunk draws: all its tasks, or of each item the first ones if votes may stop."""
+  planned = _planned(chunk)
+  if chunk.early is None:
+    return names == planned
+  before = lambda name: (*name[:2], name[2] - 1, name[3])
+  firsts = {name for name in planned if name[2] == 0}
+  return firsts <= names <= planned and all(before(name) in names for name in names - firsts)
 
 
 def save(path: pathlib.Path, trajectories: Iterable[types.Trajectory]) -> None:

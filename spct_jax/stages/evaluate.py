@@ -5,6 +5,8 @@
     greedy   temperature 0 under two orders, so that it too has an order-flip rate
     votes    k of `ks`: plain, guided hard (the k_meta best by the meta-RM) and soft (a named departure), and what
              guidance gains over the plain vote of the same samples
+    early    votes that stop once they are decided (`evaluate.early`): then the one vote is of all samples, plain, and
+             what needs the others is left out
     general  held-out instruction data: which answers greedy decoding reproduces, and their likelihood
 
 Writes results.json, report.md and figures/ to the workdir, one row per item and stage to
@@ -71,6 +73,7 @@ def run(config: Any, workdir: Workdir, mesh: Any, generate: Any = None) -> None:
   greedy_settings = dataclasses.replace(
       settings, temperature=0.0, top_p=1.0, top_k=0, min_p=0.0, orders='balanced'
   )
+  early = grm.early(fields.early, alpha=fields.early_alpha, threshold=measure.THRESHOLDS[fields.single])
   folder = workdir.start('evaluate', config, reads)
   processes.only_writer(lambda: _clear(workdir.path), what='clearing the report')
   score = _meta_scorer(config, workdir, mesh, tok) if fields.meta else None
@@ -94,7 +97,7 @@ def run(config: Any, workdir: Workdir, mesh: Any, generate: Any = None) -> None:
           pad_id=tok.pad_id, desc=f'evaluate {said}, instructions',
       )
     judge = grm.Judge(bind('evaluate', params), tok, settings)
-    planned = grm.plan(judge, examples, samples=fields.samples, stage='evaluate')
+    planned = grm.plan(judge, examples, samples=fields.samples, stage='evaluate', early=early)
     judged[list(planned.overlong)] = False
     if name == fields.models[0]:
       drawing.name_overlong(
@@ -188,6 +191,7 @@ def publish(
         stage, pool, items, benchmark=fields.benchmark, temperature=fields.temperature,
         ks=tuple(fields.ks), k_meta=fields.k_meta,
         soft_temperature=fields.soft_temperature if fields.soft else None, threshold=threshold,
+        early=fields.early != 'none',
     )
     for row in results.whole(sampled, fields.benchmark):
       if row['k'] == 1 and row['guided'] is False:
@@ -205,7 +209,7 @@ def publish(
     ]
   shown = _exhibits(items, found, threshold, show=fields.show)
   told = [{'stage': stage, **said.general} for stage, said in found.items() if said.general is not None]
-  notes = _notes(items, pools, data, threshold, ks=tuple(fields.ks))
+  notes = _notes(items, pools, data, threshold, ks=tuple(fields.ks), early=fields.early)
   said_of = {stage: trackers.sentence(said.tracked) for stage, said in found.items()}
   notes += [f'{stage}: {words}' for stage, words in said_of.items() if words]
   if instructions is not None:
@@ -278,10 +282,14 @@ def _pictures(path: pathlib.Path, rows, simple, items: measure.Items, pools) -> 
   return {caption: folder / name for caption, (name, draw) in drawn.items() if draw(folder / name)}
 
 
-def _notes(items: measure.Items, pools, data, threshold: float, *, ks: tuple[int, ...]) -> list[str]:
+def _notes(items: measure.Items, pools, data, threshold: float, *, ks: tuple[int, ...], early: str) -> list[str]:
   """Sentences on what an accuracy hides: position bias, headroom, how good the meta-RM is, repeated questions."""
   notes = []
   for stage, pool in pools.items():
+    if early != 'none':  # which samples there are depends on what they say
+      saved = results.percent(measure.votes_saved(pool, items.judged))
+      notes.append(f'{stage}: votes stopped once they were decided ({early}) and saved {saved} of the samples')
+      continue
     correct = measure.sample_correct(pool, items, threshold)
     drawn = pool.order[:, :, 0] >= 0
     share, number = metrics.accuracy_by_slot(correct, pool.order, items.label, items.response_mask, drawn)

@@ -91,11 +91,16 @@ def rows_of(
     k_meta: int,
     soft_temperature: float | None,
     threshold: float,
+    early: bool = False,
 ) -> list[dict[str, Any]]:
-  """The rows of results.json for one model's pool: the whole set, each subset and each n, every k and guidance."""
+  """The rows of results.json for one model's pool: the whole set, each subset and each n, every k and guidance.
+
+  `early`: the votes stopped once they were decided. The accuracy and the ties of votes of all samples are then what they
+  are without it, and rows say `votes_saved`; `auc` and `order_flip` are None, because they need every sample.
+  """
   out = []
   for subset, n, part in _parts(items):
-    flips = _order_flip(pool, items, part & items.judged)
+    flips = None if early else _order_flip(pool, items, part & items.judged)
     for k in ks:
       kinds = [(False, {})]
       if pool.meta is not None:
@@ -120,8 +125,24 @@ def rows_of(
           plain = credit
         else:
           measured |= _gain(credit, plain, items, part)
+        if early:
+          measured |= _stopped(pool, part & items.judged)
         out.append(row | measured | {'order_flip': flips})
   return out
+
+
+def votes_saved(pool: Pool, part: np.ndarray) -> float | None:
+  """Share of the samples that the votes of these items did not need."""
+  drawn = pool.order[part][:, :, 0] >= 0
+  return float(1 - drawn.mean()) if drawn.size else None
+
+
+def _stopped(pool: Pool, part: np.ndarray) -> dict[str, float | None]:
+  """What a row of stopped votes says otherwise: the parse failures of the samples that there are."""
+  drawn = pool.order[:, :, 0] >= 0
+  drawn &= part[:, None]
+  failed = float(1 - pool.valid[drawn].mean()) if drawn.any() else None
+  return {'parse_failure': failed, 'auc': None, 'votes_saved': votes_saved(pool, part)}
 
 
 def _gain(credit: np.ndarray, plain: np.ndarray, items: Items, part: np.ndarray) -> dict[str, float]:

@@ -170,7 +170,7 @@ def generator(
     if stage not in engines:
       engines[stage] = engine(config, trained, tok, mesh, stage)
     held = viewed(learner_params)
-    return lambda prompts_, tasks, infos: engines[stage].launch(held.params, prompts_, tasks)
+    return lambda prompts_, tasks, infos, withdraw=None: engines[stage].launch(held.params, prompts_, tasks, withdraw)
 
   bind.cost = {}
 

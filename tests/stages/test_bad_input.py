@@ -126,6 +126,26 @@ FIELDS = {
     'ks not ascending': ({'evaluate.ks': (4, 2)}, ('evaluate.ks', '(4, 2)', 'ascending'), 'evaluate'),
     'no ks': ({'evaluate.ks': ()}, ('evaluate.ks', 'got ()', 'ascending'), 'evaluate'),
     'k of zero': ({'evaluate.ks': (0, 1)}, ('evaluate.ks', 'got 0', 'at least 1'), 'evaluate'),
+    'early rule': ({'evaluate.early': 'soon'}, ('evaluate.early', "'soon'", "'none', 'exact', 'statistical'"), 'evaluate'),
+    'early and smaller votes': (
+        {'evaluate.early': 'exact', 'evaluate.meta': ''},
+        ('evaluate.early', 'evaluate.ks=(1, 2, 4)', 'set evaluate.ks=(4,)'), 'evaluate',
+    ),
+    'early and guided': (
+        {'evaluate.early': 'exact', 'evaluate.ks': (4,)}, ('evaluate.early', "'meta_rm'", "evaluate.meta=''"), 'evaluate'
+    ),
+    'early and balanced': (
+        {'evaluate.early': 'statistical', 'evaluate.ks': (4,), 'evaluate.meta': '', 'evaluate.orders': 'balanced'},
+        ('evaluate.early', 'balanced', "'shuffle'"), 'evaluate',
+    ),
+    'early chance': (
+        {'evaluate.early': 'statistical', 'evaluate.ks': (4,), 'evaluate.meta': '', 'evaluate.early_alpha': 0.0},
+        ('evaluate.early_alpha', 'got 0.0', 'above 0'), 'evaluate',
+    ),
+    'early in small chunks': (
+        {'evaluate.early': 'exact', 'evaluate.ks': (4,), 'evaluate.meta': '', 'judge.chunk_tasks': 3},
+        ('evaluate.early', 'chunk_tasks=3', 'raise judge.chunk_tasks'), 'evaluate',
+    ),
     'k_meta over k': ({'evaluate.k_meta': 5}, ('evaluate.k_meta', 'got 5', 'k=4', 'k_meta <= k'), 'evaluate'),
     'k_meta below zero': ({'evaluate.k_meta': -1}, ('evaluate.k_meta', 'got -1', 'at least 0'), 'evaluate'),
     'group of one': ({'grpo.group': 1}, ('grpo.group', 'got 1', '2 or more', 'compares the samples'), 'grpo'),

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import numpy as np
 
 from spct_jax import records, types
-from spct_jax.judges import parse, prompts
+from spct_jax.judges import endings, parse, prompts
 from spct_jax.text import chat, encode
 from spct_jax.text.tokenizer import Tokenizer
 
@@ -34,7 +34,7 @@ ORDER_RULES = ('shuffle', 'balanced', 'fixed', 'group')
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """How examples become prompts and how the engine samples them; no field has a hidden default.
+  """How examples become prompts and how the engine samples them.
 
   orders: 'shuffle' draws an order per sample (the paper's rule), 'balanced' deals the samples over cyclic
     shifts, 'fixed' keeps the file's order, 'group' draws one order per item and visit (GRPO).
@@ -42,6 +42,7 @@ class Settings:
   buckets: ascending prompt lengths in tokens; a chunk is padded to the smallest that holds it and the last
     one is the limit.
   chunk_prompts, chunk_tasks: how many distinct prompts and samples the engine takes in one call.
+  endings: where a judgement ends besides where the model ends it; such samples are for use, not for training.
   """
 
   template: prompts.Template
@@ -57,6 +58,7 @@ class Settings:
   top_k: int
   min_p: float
   seed: int
+  endings: endings.Endings = endings.NONE
 
   def __post_init__(self):
     if self.orders not in ORDER_RULES:
@@ -234,24 +236,36 @@ def run(judge: Judge, chunks: Iterable[Chunk]) -> Iterator[tuple[Chunk, list[typ
 
   Where a chunk cannot be drawn, the one before is given first.
   """
-  drawn = None
+  drawn, chunks = None, tuple(chunks)
+  kinds = _kinds(judge, [task for chunk in chunks for task in chunk.tasks])
   for chunk in chunks:
     error = None
     try:
-      wait = _launch(judge, chunk)
+      wait = _launch(judge, chunk, kinds)
     except BaseException as caught:  # a signal to stop too: to compile a chunk's program may take minutes
       error = caught
     if drawn is not None:
-      yield drawn[0], read(drawn[0].tasks, drawn[1], judge.tokenizer)
+      yield drawn[0], read(drawn[0].tasks, drawn[1], judge.tokenizer, judge.settings.endings)
     if error is not None:
       raise error
     drawn = chunk, wait()
     del wait  # and with it the caches of this chunk
   if drawn is not None:
-    yield drawn[0], read(drawn[0].tasks, drawn[1], judge.tokenizer)
+    yield drawn[0], read(drawn[0].tasks, drawn[1], judge.tokenizer, judge.settings.endings)
 
 
-def _launch(judge: Judge, chunk: Chunk) -> Callable[[], types.Rollouts]:
+def _kinds(judge: Judge, tasks: Sequence[Task]) -> dict[tuple[int, ...], tuple]:
+  """What the score line of each prompt has to be; nothing where nobody asks."""
+  if judge.settings.endings == endings.NONE:
+    return {}
+  found = {}
+  for task in tasks:
+    if task.prompt_ids not in found:
+      found[task.prompt_ids] = endings.kind(task.prompt, task.prompt_ids, judge.tokenizer)
+  return found
+
+
+def _launch(judge: Judge, chunk: Chunk, kinds: dict) -> Callable[[], types.Rollouts]:
   """Hands a chunk to the engine: prompts and tasks padded to the fixed sizes of the settings."""
   settings = judge.settings
   slots: dict[tuple, int] = {}
@@ -279,13 +293,19 @@ def _launch(judge: Judge, chunk: Chunk) -> Callable[[], types.Rollouts]:
       top_k=constant(settings.top_k, np.int32),
       min_p=constant(settings.min_p, np.float32),
       row_mask=np.arange(queue) < len(chunk.tasks),
+      guides=endings.guides(
+          settings.endings, judge.tokenizer, kinds.values(), [kinds[t.prompt_ids] for t in chunk.tasks if kinds], queue
+      ),
   )
   rollouts = judge.generate(batch, tasks, tuple(t.info for t in chunk.tasks))
   return rollouts if callable(rollouts) else lambda: rollouts
 
 
 def read(
-    tasks: Sequence[Task], rollouts: types.Rollouts, tokenizer: Tokenizer
+    tasks: Sequence[Task],
+    rollouts: types.Rollouts,
+    tokenizer: Tokenizer,
+    wanted: endings.Endings = endings.NONE,
 ) -> list[types.Trajectory]:
   """Gate 2: token ids back to text, parsed strictly; a run into the length limit is its own class."""
   out = []
@@ -293,8 +313,11 @@ def read(
   for row, task in enumerate(tasks):
     length = int(np.count_nonzero(rollouts.token_mask[row]))
     tokens = tuple(int(t) for t in rollouts.tokens[row, :length])
-    ended = bool(tokens) and tokens[-1] in eos
-    text = tokenizer.decode(tokens[:-1] if ended else tokens)
+    ended = bool(rollouts.ended[row])
+    at_eos = ended and tokens[-1] in eos
+    text = tokenizer.decode(tokens[:-1] if at_eos else tokens)
+    if ended and not at_eos:
+      text = endings.cut(text, wanted, endings.kind(task.prompt, task.prompt_ids, tokenizer))
     n = len(task.info.order)
     parsed = parse.read(
         text, n, low=task.prompt.low, high=task.prompt.high, truncated=not ended

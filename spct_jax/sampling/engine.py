@@ -14,6 +14,8 @@ name (seed, stage, visit, uid, sample) only, up to float ties: not on rows, batc
 2. Prompts are dealt to groups by their number of tasks, so that groups get nearly equal queues; when one
    prompt has far more than the others, the queues of all groups grow to a power of two times Q / G.
 3. At most so many prompts are held at a time as keep the rows busy; the others wait for their turn.
+4. Guides (`types.Guide`: stop strings, the score line) are tables over token ids that come with the tasks: values too,
+   of which only the number and the sizes are compiled in. The engine never sees text.
 """
 
 from collections.abc import Callable
@@ -26,7 +28,7 @@ import numpy as np
 
 from spct_jax import sharding
 from spct_jax.models.transformer import Transformer
-from spct_jax.sampling import keys, loop
+from spct_jax.sampling import guides, keys, loop
 from spct_jax.types import PromptBatch, Rollouts, Tasks
 
 _ALL = 2**30  # steps: more than any run takes
@@ -42,7 +44,8 @@ class Engine:
   """How to sample from a model. `rows` run side by side; `mesh` None is one device without placement.
 
   `cache_rules` place the caches (sharding rules; paths 'prompt/period/0/k', 'rows/head/0/v', ...; shape
-  [slots or rows, M, positions, hd]). A task ends with one of `eos_ids`, or after `max_new_tokens`.
+  [slots or rows, M, positions, hd]). A task ends with one of `eos_ids`, at a stop of the tasks' guides, or after
+  `max_new_tokens`.
   """
 
   model: Transformer
@@ -112,7 +115,7 @@ class Engine:
     dealt, given, state = self._begin(params, prompts, tasks, limits)
     total = int(tasks.row_mask.sum())
     if not total:
-      return lambda: self._rollouts(len(tasks.prompt), None, None)
+      return lambda: self._rollouts(tasks, None, None)
     steps = np.int32(_ALL if segment is None else segment)
     state, finished = loop.advance(*given, state, steps)
 
@@ -122,7 +125,7 @@ class Engine:
         if on_progress is not None:
           on_progress(done, total)
         if done == total:
-          return self._rollouts(len(tasks.prompt), dealt, held)
+          return self._rollouts(tasks, dealt, held)
         held, count = loop.advance(*given, held, steps)
         done = int(sharding.to_host(count))
 
@@ -139,13 +142,14 @@ class Engine:
     Q, P = dealt.shape[1], prompts.tokens.shape[1]
     sizes = _sizes(host[0].number, Q, min(_parts(self.rows, settings.groups), Q), P)
     dealt_prompts, queue = _put(host, self.mesh)
+    queue = queue._replace(guides=_guides(tasks.guides, dealt, self.model.config.vocab_size, self.mesh))
     root = np.asarray(jax.random.key_data(keys.root_key(self.seed, self.stage)))
     weights, state = loop.start(settings, sizes, params, dealt_prompts, queue)
     return dealt, (settings, sizes, weights, root, dealt_prompts, queue), state
 
-  def _rollouts(self, Q, dealt, state) -> Rollouts:
+  def _rollouts(self, tasks, dealt, state) -> Rollouts:
     """The state's results in the order of the tasks; empty rows for padding."""
-    T = self.max_new_tokens
+    Q, T = len(tasks.prompt), self.max_new_tokens
     tokens, logp, length = np.zeros((Q, T), np.int32), np.zeros((Q, T), np.float32), np.zeros(Q, np.int32)
     if state is not None:
       real = dealt >= 0
@@ -157,7 +161,9 @@ class Engine:
         )
       for out, values in zip((tokens, logp, length), found):
         out[dealt[real]] = values[real]
-    return Rollouts(tokens=tokens, logp=logp, token_mask=np.arange(T)[None, :] < length[:, None])
+    last = tokens[np.arange(Q), np.maximum(length, 1) - 1]
+    ended = ((length > 0) & np.isin(last, self.eos_ids)) | guides.stopped(tasks.guides, tokens, length)
+    return Rollouts(tokens=tokens, logp=logp, token_mask=np.arange(T)[None, :] < length[:, None], ended=ended)
 
 
 def _hashable(spec):
@@ -173,6 +179,16 @@ def _put(tree, mesh):
   if mesh is not None:
     where = NamedSharding(mesh, PartitionSpec(sharding.DATA_AXES))
   return sharding.to_device(tree, where)
+
+
+def _guides(given, dealt, V, mesh) -> tuple[guides.Guide, ...]:
+  """The tables whole on every device, the tasks' starts where the queues are."""
+  starts = _put([guide.start[np.maximum(dealt, 0)].astype(np.int32) for guide in given], mesh)
+  everywhere = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  if mesh is not None:
+    everywhere = sharding.replicated(mesh)
+  whole = sharding.to_device(guides.tables(given, V), everywhere)
+  return tuple(guides.Guide(**table, start=start) for table, start in zip(whole, starts))
 
 
 def _deal(prompts: PromptBatch, tasks: Tasks, limits: np.ndarray, G: int):
@@ -280,3 +296,4 @@ def _check(prompts: PromptBatch, tasks: Tasks, vocab_size: int, limits: np.ndarr
   if limits.shape != real.shape:
     raise ValueError(f'limits: got shape {limits.shape}; needs one number of tokens for each of {real.size} tasks.')
   refuse('limits', limits, real & ((limits < 1) | (limits > T)), f'1 to {T}, max_new_tokens')
+  guides.check(tasks.guides, real, limits, vocab_size)

@@ -6,6 +6,7 @@ A pipeline calls it for all its stages before the first one works.
 from typing import Any
 
 from spct_jax.data import instructions, stream
+from spct_jax.judges import endings
 from spct_jax.stages import datasets, loading, named, trackers
 from spct_jax.train import update
 
@@ -111,6 +112,7 @@ def grpo(config: Any, mesh: Any) -> None:
 def evaluation(config: Any, mesh: Any) -> None:
   """Votes must fit into the pool, and the voters into the vote."""
   sampling(config, 'evaluate')
+  _endings(config)
   trackers.compiled(config.trackers)
   fields = config.evaluate
   ks = tuple(fields.ks)
@@ -166,6 +168,16 @@ def evaluation(config: Any, mesh: Any) -> None:
         f'evaluate.models: tables would call two of {tuple(fields.models)} the same, {labels}; give evaluate.names, '
         'one distinct name for each'
     )
+
+
+def _endings(config: Any) -> None:
+  """Stop strings and score lines that the tokenizer cannot spell, or not within the limit."""
+  wanted = loading.judge_endings(config)
+  if wanted != endings.NONE:
+    try:
+      endings.check(wanted, loading.tokenizer(config), config.judge.max_new_tokens)
+    except ValueError as error:
+      raise ValueError(f'evaluate: {error}') from None
 
 
 def stage(config: Any, mesh: Any, name: str) -> None:

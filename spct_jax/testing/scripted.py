@@ -31,12 +31,14 @@ class ScriptedEngine:
     rows = len(tasks.prompt)
     tokens = np.full((rows, self._length), self._tokenizer.pad_id, np.int32)
     mask = np.zeros((rows, self._length), bool)
+    ended = np.zeros(rows, bool)
     for row, info in enumerate(infos):
       ids = [*self._tokenizer.encode_data(self._script(info)), self._tokenizer.eos_ids[0]]
+      ended[row] = len(ids) <= self._length
       ids = ids[: self._length]
       tokens[row, : len(ids)] = ids
       mask[row, : len(ids)] = True
-    return types.Rollouts(tokens, np.where(mask, np.float32(-1), np.float32(0)), mask)
+    return types.Rollouts(tokens, np.where(mask, np.float32(-1), np.float32(0)), mask, ended)
 
 
 def verdict(info: types.TaskInfo, scores: tuple[int, ...]) -> str:

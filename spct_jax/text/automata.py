@@ -90,10 +90,11 @@ def explored(
   return index, np.asarray(rows, np.int32)[:, inverse]
 
 
-def minimal(next_: np.ndarray, kind: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Merges states that no text tells apart: (the new state of each, the new next); `kind[S]` are never merged."""
+def minimal(next_: np.ndarray, kinds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Merges states that no text tells apart: (the new state of each, the new next). States whose columns of
+  `kinds[:, S]` differ are never merged."""
   next_columns = np.unique(next_, axis=1)
-  label, count = np.unique(kind, return_inverse=True)[1], 0
+  label, count = np.unique(kinds.astype(int), axis=1, return_inverse=True)[1].reshape(-1), 0
   while label.max() + 1 > count:
     count = label.max() + 1
     label = np.unique(np.column_stack([label, label[next_columns]]), axis=0, return_inverse=True)[1].reshape(-1)

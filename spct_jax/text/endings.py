@@ -86,10 +86,7 @@ def constrained(tokenizer: Tokenizer, kinds: tuple[Kind, ...]) -> tuple[Guide, d
   table = automata.compiled(whole, found, excluded=tokenizer.eos_ids)
   need = np.full(len(table.next), _NEVER, np.int32)
   for line, reader, first in zip(lines, readers, offsets):
-    states = lambda local: np.array([s for state in local for s in table.of(first + int(state))], int)
-    own = states(range(len(reader.automaton.next)))
-    inside = states(np.flatnonzero(reader.inside))
-    need[own] = _need(table, own, inside, [states([state]) for state in reader.line], _reserve(line, found))[own]
+    need = np.minimum(need, _need(table, reader, first, _reserve(line, found)))
   starts = {}
   for kind in kinds:
     place = lines.index(kind[:3])
@@ -104,7 +101,7 @@ def constrained(tokenizer: Tokenizer, kinds: tuple[Kind, ...]) -> tuple[Guide, d
 
 def _example(kind: Kind) -> str:
   n, _, high = kind[:3]
-  return score_line.LINE + ', '.join([str(high)] * n) + '}'
+  return score_line.LINE.replace(':', ': ') + ', '.join([str(high)] * n) + '}'
 
 
 def _reserve(line: tuple[int, int, int], found: pieces.Pieces) -> int:
@@ -126,7 +123,7 @@ def _reserve(line: tuple[int, int, int], found: pieces.Pieces) -> int:
   return int(most)
 
 
-def _steps(next_: np.ndarray, ends: np.ndarray, edges: np.ndarray | None = None, at: int | np.ndarray = 0):
+def _steps(next_: np.ndarray, ends: np.ndarray, edges: np.ndarray | None = None, at: int = 0) -> np.ndarray:
   """int[S]: the fewest tokens from each state to one of `ends`, over the `edges` bool[S, C]; `at` more from there."""
   steps = np.where(ends, at, _NEVER)
   while True:
@@ -139,27 +136,23 @@ def _steps(next_: np.ndarray, ends: np.ndarray, edges: np.ndarray | None = None,
     steps = better
 
 
-def _need(table, own, inside, line, reserve) -> np.ndarray:
-  """int[S] of the states of one kind; see the module's text."""
-  size = len(table.next)
-  of_kind, in_box, rank = np.zeros(size, bool), np.zeros(size, bool), np.full(size, -1)
-  of_kind[own], in_box[inside] = True, True
-  for place, states in enumerate(line[:-1]):
-    rank[states] = place
-  stops = table.stops & of_kind
-  end = in_box | stops
-  rank[end] = len(line)
-  within = np.where(end, _steps(table.next, stops, edges=None), _NEVER)
-  before = np.flatnonzero(of_kind & ~end & ~table.dead)
-  entered = np.unique(table.next[before])
-  entered = entered[end[entered] & (within[entered] < _NEVER)]
-  if not entered.size:
-    return within
-  reserve = max(reserve, int(within[entered].max()))
-  after = rank[table.next]
-  edges = np.where(rank[:, None] >= 0, after > rank[:, None], after < len(line))
-  usable = end & (within < _NEVER)
-  return np.where(end, within, _steps(table.next, usable, edges=edges, at=reserve))
+def _need(table: automata.Table, reader: score_line.Reader, first: int, reserve: int) -> np.ndarray:
+  """int[S]: see the module's text; `_NEVER` for states that are not the reader's, which begin at `first`."""
+  local = np.full(len(table.next), -1)
+  for state in range(len(reader.line)):
+    local[list(table.of(first + state))] = state
+  mine = lambda values, other: np.where(local >= 0, values[local], other)
+  stops, end = mine(reader.automaton.stops, False), mine(reader.automaton.stops | reader.inside, False)
+  place = np.where(end, len(score_line.LINE), mine(reader.line, -1))
+  within = np.where(end, _steps(table.next, stops), _NEVER)
+  entered = np.unique(table.next[mine(~(reader.automaton.dead | reader.automaton.stops | reader.inside), False)])
+  entered = entered[within[entered] < _NEVER]
+  reserve = max(reserve, int(within[entered].max(initial=0)))
+  # On its own line the text goes on to the box; from anywhere else to such a line, and into no box from there.
+  after = place[table.next]
+  edges = np.where(place[:, None] >= 0, after > place[:, None], after < len(score_line.LINE))
+  before = _steps(table.next, end & (within < _NEVER), edges=edges, at=reserve)
+  return np.where(end, within, np.where(local >= 0, before, _NEVER))
 
 
 def _guide(table: automata.Table, need: np.ndarray | None) -> Guide:
@@ -172,6 +165,6 @@ def _guide(table: automata.Table, need: np.ndarray | None) -> Guide:
       class_of=table.class_of,
       next=np.pad(table.next, ((0, rows), (0, columns))).astype(np.int16),
       stops=np.pad(table.stops, (0, rows)),
-      need=None if need is None else np.pad(need, (0, rows), constant_values=_NEVER),
+      need=None if need is None else np.pad(need, (0, rows), constant_values=_NEVER).astype(np.int32),
       start=None,
   )

@@ -16,9 +16,10 @@ colon, or with nothing but signs and blanks between.
 
 A state is what the parser would have to remember:
 
-    ('answer', char, tag, blank, label, verdict, box)
+    ('answer', char, tag, blank, label, verdict, box, own)
       char     bytes that a character lacks (constrained only)         tag   the part of a tag that stands there
       blank    the line holds only blanks: `<think>` would open here   label the part of a label that stands there
+      own      how much of `LINE` the line holds and nothing else, -1 where there is more (constrained only)
       verdict  what stands behind a label: '' none | 'word' the label just ended, a colon may follow | 'colon' and signs
                since | 'line' other text since | 'signs' only signs, and no colon on this line | 'box' inside the box
       box      how much of `\boxed{` stands there, and whether a score line is where it began
@@ -37,7 +38,8 @@ import numpy as np
 
 from spct_jax.text import automata
 
-LINE = r'Scores: \boxed{'  # how the line begins where the budget forces it
+LINE = r'Scores:\boxed{'  # how the line begins where the budget forces it, perhaps with blanks at `_BLANKS`
+_BLANKS = (0, 6, 7)
 
 _TAGS = ('</think>', '</thinking>', '^<think>', '^<thinking>')  # ^: at the start of a line
 _TAG_PARTS = {tag[:length] for tag in _TAGS for length in range(2, len(tag) + 1)} | {'<'}
@@ -52,13 +54,14 @@ _CHARACTER = '\x80'  # stands for every character that is not ASCII
 class Reader:
   """An automaton, its states at the start of a completion, in a thought (where the prompt opened one) and outside.
 
-  `line[i]` is the state after i bytes of `LINE` at the start of a line; `inside[S]` tells the states of the box.
+  `line[S]` is how much of `LINE` a line of its own holds so far, -1 where it is none; `inside[S]` tells the states of
+  the box.
   """
 
   automaton: automata.Automaton
   answer: int
   thought: int
-  line: tuple[int, ...]
+  line: np.ndarray
   inside: np.ndarray
 
   def start(self, in_thought: bool) -> int:
@@ -90,17 +93,15 @@ def box(n: int, words: tuple[str, ...]) -> automata.Automaton:
 
 
 def _reader(box) -> Reader:
-  answer, thought = ('answer', '', '', True, _NEW_LINE, '', _NO_BOX), ('thought', '', '')
+  answer, thought = ('answer', '', '', True, _NEW_LINE, '', _NO_BOX, 0), ('thought', '', '')
   states, next_ = automata.explored([answer, thought], functools.partial(_step, box), _groups())
-  of = lambda test: np.array([test(state) for state in states])
+  of = lambda value: np.array([value(state) for state in states])
   stops, dead, inside = of(lambda s: s == 'stop'), of(lambda s: s == 'dead'), of(lambda s: s[0] == 'box')
-  new, next_ = automata.minimal(next_, stops + 2 * dead + 4 * inside)
-  merged = lambda values: np.bincount(new, values, minlength=len(next_)) > 0
-  automaton = automata.Automaton(next_, merged(stops), merged(dead))
-  line = [int(new[states[answer]])]
-  for byte in LINE.encode():
-    line.append(automaton.run(line[-1], bytes([byte])))
-  return Reader(automaton, line[0], int(new[states[thought]]), tuple(line), merged(inside))
+  line = of(lambda s: s[-1] if s[0] == 'answer' else -1)
+  new, next_ = automata.minimal(next_, np.stack([stops, dead, inside, line]))
+  one = np.unique(new, return_index=True)[1]  # of each new state, an old one
+  automaton = automata.Automaton(next_, stops[one], dead[one])
+  return Reader(automaton, int(new[states[answer]]), int(new[states[thought]]), line[one], inside[one])
 
 
 # --- one byte
@@ -130,7 +131,7 @@ def _step(box, state: Hashable, byte: int) -> Hashable:
   return _in_answer(box, char, *state[2:], byte_char)
 
 
-def _in_answer(box, char, tag, blank, label, verdict, part, c):
+def _in_answer(box, char, tag, blank, label, verdict, part, own, c):
   tag = _tag(tag, c, blank)
   if tag in _TAGS:
     return ('thought', '', '') if tag[0] == '^' else _AFTER_THOUGHT
@@ -145,11 +146,19 @@ def _in_answer(box, char, tag, blank, label, verdict, part, c):
       return ('box', 0, '', False) if part[1] else 'dead'
     part, verdict = _NO_BOX, 'box' if part[1] else verdict
   blank = c == '\n' or (blank and c in ' \t\r\f\v')
-  return 'answer', char, tag, blank, label, verdict, part
+  return 'answer', char, tag, blank, label, verdict, part, -1 if box is None else _own(own, c)
+
+
+def _own(own: int, c: str) -> int:
+  if c == '\n':
+    return 0
+  if own in _BLANKS and c == ' ':
+    return own
+  return own + 1 if own >= 0 and LINE[own] == c else -1
 
 
 # A label can follow a closing tag at once, an opening tag only at the start of the next line.
-_AFTER_THOUGHT = ('answer', '', '', False, _NEW_LINE, '', _NO_BOX)
+_AFTER_THOUGHT = ('answer', '', '', False, _NEW_LINE, '', _NO_BOX, -1)
 
 
 def _tag(part: str, c: str, blank: bool) -> str:

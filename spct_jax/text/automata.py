@@ -114,12 +114,32 @@ def strings(wanted: Sequence[bytes]) -> Automaton:
       held = held[1:]
     return held
 
-  used = bytes(sorted({byte for text in wanted for byte in text}))
-  groups = np.zeros(256, np.uint8)
-  groups[list(used)] = np.arange(1, len(used) + 1)
-  index, next_ = explored([b''], step, groups)
+  index, next_ = explored([b''], step, _groups_of(b''.join(wanted)))
   stops = np.array([any(held.endswith(text) for text in wanted) for held in index])
   return Automaton(next_, stops, np.zeros(len(index), bool))
+
+
+def exactly(text: bytes) -> Automaton:
+  """Stops at the end of a text that is this one, but for blanks that split no word; it starts in state 0."""
+  last, word = len(text), [bytes([byte]).isalnum() or byte == ord('-') for byte in text]
+
+  def step(place: int, byte: int) -> int:
+    if place < 0 or place == last:
+      return place
+    if text[place] == byte:
+      return place + 1
+    return place if byte == ord(' ') and not (place and word[place - 1] and word[place]) else -1
+
+  index, next_ = explored([0], step, _groups_of(text + b' '))
+  places = np.array(list(index))
+  return Automaton(next_, places == last, places < 0)
+
+
+def _groups_of(used: bytes) -> np.ndarray:
+  """uint8[256]: each of the used bytes for itself, and all others."""
+  groups, used = np.zeros(256, np.uint8), sorted(set(used))
+  groups[used] = np.arange(1, len(used) + 1)
+  return groups
 
 
 def compiled(automaton: Automaton, pieces: Pieces, excluded: Iterable[int] = (), ignored: Iterable[int] = ()) -> Table:

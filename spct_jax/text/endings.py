@@ -105,22 +105,21 @@ def _example(kind: Kind) -> str:
 
 
 def _reserve(line: tuple[int, int, int], found: pieces.Pieces) -> int:
-  """Tokens that a box takes at most from its start on, each score spelled as shortly as it can be."""
+  """Tokens that a box takes at most from its start on, each score spelled as shortly as it can be behind ', '."""
   n, low, high = line
-  letters = set(b'0123456789-, }')
+  letters = set(b'-0123456789, }')
   few = pieces.Pieces(
       tuple(text if text is not None and letters.issuperset(text) else None for text in found.text), found.spaced,
       found.glues,
   )
   most = 0
   for score in range(low, high + 1):
-    automaton = score_line.box(n, (str(score),))
-    table = automata.compiled(automaton, few)
-    cost = max(_steps(table.next, table.stops)[state] for state in table.of(0))
+    table = automata.compiled(automata.exactly((', '.join([str(score)] * n) + '}').encode()), few)
+    cost = int(_steps(table.next, table.stops)[list(table.of(0))].max())
     if cost >= _NEVER:
       raise ValueError(f'constrained score lines: no tokens of the tokenizer spell the score {score} in a box')
     most = max(most, cost)
-  return int(most)
+  return most
 
 
 def _steps(next_: np.ndarray, ends: np.ndarray, edges: np.ndarray | None = None, at: int = 0) -> np.ndarray:

@@ -82,16 +82,6 @@ def constrained(n: int, low: int, high: int) -> Reader:
   return _reader((n, tuple(map(str, range(low, high + 1)))))
 
 
-def box(n: int, words: tuple[str, ...]) -> automata.Automaton:
-  """The inside of a box alone, from its start (state 0): n times one of the words."""
-  states, next_ = automata.explored(
-      [('box', 0, '', False)], lambda state, byte: _step((n, words), state, byte), _groups()
-  )
-  return automata.Automaton(
-      next_, np.array([state == 'stop' for state in states]), np.array([state == 'dead' for state in states])
-  )
-
-
 def _reader(box) -> Reader:
   answer, thought = ('answer', '', '', True, _NEW_LINE, '', _NO_BOX, 0), ('thought', '', '')
   states, next_ = automata.explored([answer, thought], functools.partial(_step, box), _groups())

@@ -64,7 +64,7 @@ class RewardModel:
   max_new_tokens: int
   temperature: float
   cache_rules: tuple
-  endings: endings.Endings
+  ends: endings.Endings
 
   @classmethod
   def load(
@@ -111,7 +111,7 @@ class RewardModel:
         max_new_tokens=max_new_tokens or page['max_new_tokens'],
         temperature=temperature,
         cache_rules=pages.sharding().cache_rules,
-        endings=ends,
+        ends=ends,
     )
 
   def score(
@@ -162,7 +162,7 @@ class RewardModel:
         top_k=0,
         min_p=0.0,
         seed=seed,
-        endings=self.endings,
+        ends=self.ends,
     )
     engine = _engine(self.decoder, self.mesh, self.cache_rules, k, self.max_new_tokens, self.tokenizer.eos_ids, seed)
     generate = lambda batch, tasks, infos: engine.generate(self.params, batch, tasks)

@@ -42,7 +42,7 @@ class Settings:
   buckets: ascending prompt lengths in tokens; a chunk is padded to the smallest that holds it and the last
     one is the limit.
   chunk_prompts, chunk_tasks: how many distinct prompts and samples the engine takes in one call.
-  endings: where a judgement ends besides where the model ends it; such samples are for use, not for training.
+  ends: where a judgement ends besides where the model ends it; such samples are for use, not for training.
   """
 
   template: prompts.Template
@@ -58,7 +58,7 @@ class Settings:
   top_k: int
   min_p: float
   seed: int
-  endings: endings.Endings = endings.NONE
+  ends: endings.Endings = endings.NONE
 
   def __post_init__(self):
     if self.orders not in ORDER_RULES:
@@ -245,18 +245,18 @@ def run(judge: Judge, chunks: Iterable[Chunk]) -> Iterator[tuple[Chunk, list[typ
     except BaseException as caught:  # a signal to stop too: to compile a chunk's program may take minutes
       error = caught
     if drawn is not None:
-      yield drawn[0], read(drawn[0].tasks, drawn[1], judge.tokenizer, judge.settings.endings)
+      yield drawn[0], read(drawn[0].tasks, drawn[1], judge.tokenizer, judge.settings.ends)
     if error is not None:
       raise error
     drawn = chunk, wait()
     del wait  # and with it the caches of this chunk
   if drawn is not None:
-    yield drawn[0], read(drawn[0].tasks, drawn[1], judge.tokenizer, judge.settings.endings)
+    yield drawn[0], read(drawn[0].tasks, drawn[1], judge.tokenizer, judge.settings.ends)
 
 
 def _kinds(judge: Judge, tasks: Sequence[Task]) -> dict[tuple[int, ...], tuple]:
   """What the score line of each prompt has to be; nothing where nobody asks."""
-  if judge.settings.endings == endings.NONE:
+  if judge.settings.ends == endings.NONE:
     return {}
   found = {}
   for task in tasks:
@@ -294,7 +294,7 @@ def _launch(judge: Judge, chunk: Chunk, kinds: dict) -> Callable[[], types.Rollo
       min_p=constant(settings.min_p, np.float32),
       row_mask=np.arange(queue) < len(chunk.tasks),
       guides=endings.guides(
-          settings.endings, judge.tokenizer, kinds.values(), [kinds[t.prompt_ids] for t in chunk.tasks if kinds], queue
+          settings.ends, judge.tokenizer, kinds.values(), [kinds[t.prompt_ids] for t in chunk.tasks if kinds], queue
       ),
   )
   rollouts = judge.generate(batch, tasks, tuple(t.info for t in chunk.tasks))

@@ -314,5 +314,5 @@ def judge_settings(
       top_k=section.top_k,
       min_p=section.min_p,
       seed=config.seed,
-      endings=ends,
+      ends=ends,
   )

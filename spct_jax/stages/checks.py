@@ -59,6 +59,12 @@ def sampling(config: Any, stage: str) -> None:
   ):
     _at_least(name, value, 1)
   _ascending('judge.buckets', judge.buckets)
+  refused = [name for name in ('stop_strings', 'stop_at_scores', 'constrain_scores') if stage != 'evaluate' and name in fields]
+  if refused:
+    raise ValueError(
+        f'{stage}.{refused[0]}: judgements to learn from are drawn as the model writes them, to its own end; remove the '
+        f'field, or set evaluate.{refused[0]}, which is an option of use'
+    )
   if 'orders' in fields and fields.orders not in ORDERS:
     raise ValueError(f'{stage}.orders: got {fields.orders!r}; allowed: {", ".join(ORDERS)}')
   if stage == 'sample':

@@ -7,7 +7,7 @@ import pytest
 
 from spct_jax import sharding, stages
 from spct_jax.judges import endings, grm
-from spct_jax.stages import loading, workdir
+from spct_jax.stages import checks, loading, workdir
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def test_an_evaluation_of_constrained_lines_has_no_parse_failure(page, tmp_path,
   assert {len(row['scores']) for row in drawn} == {2, 3}  # one table for items of two and of three responses
 
 
-def test_stages_that_draw_to_learn_have_no_such_options(page):
+def test_stages_that_draw_to_learn_refuse_such_options(page):
   # Seen to fail: settings that read the evaluation's fields in every stage.
   names = {'stop_strings', 'stop_at_scores', 'constrain_scores'}
   assert loading.judge_endings(page) == dataclasses.replace(endings.NONE, constrain_scores=True)
@@ -40,5 +40,6 @@ def test_stages_that_draw_to_learn_have_no_such_options(page):
     assert names.isdisjoint(page[stage].keys()) and names <= set(page.evaluate.keys())
     settings = loading.judge_settings(page, page[stage], orders='shuffle', single='binary')
     assert isinstance(settings, grm.Settings) and settings.ends == endings.NONE
-    with pytest.raises((AttributeError, KeyError), match='constrain_scores'):
-      page[stage].constrain_scores = True
+    page[stage].stop_at_scores = False
+    with pytest.raises(ValueError, match=f'{stage}.stop_at_scores: judgements to learn from are drawn as the model'):
+      checks.sampling(page, stage)

@@ -37,7 +37,7 @@ def texts(count, seed):
 
 
 # Seen to fail: bare labels stop too ('Score: \boxed{8, 6}\nScores: \boxed{6, 8}'); a box with no label stops; a label
-# in mid-line counts; thoughts are read; `Scores` without its word boundary; an escaped brace closes the box.
+# in mid-line counts; closing tags in small letters only; the text left whole.
 def test_stopping_at_the_scores_never_changes_them():
   stopped = changed = 0
   for text in texts(30000, seed=0):
@@ -63,6 +63,7 @@ def test_stopping_at_the_scores_never_changes_them():
     '<think>\\boxed{1, 1}\nScores: \\boxed{2, 2}</think>Scores: \\boxed{8, 6}', 'Score: \\boxed{8}\nScores: \\boxed{8, 6}',
 ])
 def test_a_complete_line_stops_right_there(text):
+  # Seen to fail: opening tags not seen; text between the colon and the box not allowed.
   assert parse.read(text, 2).kind == 'ok'
   for after in ('\nand so on', '}', '**\nScores: \\boxed{1, 1}'):
     assert endings.cut(text + after, AT_SCORES, (2, 1, 10, False)) == text
@@ -89,6 +90,8 @@ def test_bad_options_are_refused(strings, at, constrain, message):
 
 
 def test_options_are_checked_with_the_tokenizer():
+  # Seen to fail: `Scores` without its word boundary and a box on no score line (both take fewer tokens); no reserve; the
+  # start outside of a thought for all.
   world, words = CARRIED['world'](), vocabularies.words()
   with pytest.raises(ValueError, match="'zebra'"):
     endings.check(endings.Endings(('zebra',), False, False), world, 100)
@@ -121,9 +124,8 @@ def loved(rng, allowed, busy, bias):
 KINDS = ((1, 0, 1, False), (1, 1, 10, False), (2, 1, 10, False), (3, 0, 10, False), (7, 1, 10, False), (2, 1, 10, True), (1, 0, 1, True))
 
 
-# Seen to fail: a box on no score line allowed; broken characters allowed (metaspace: the line end beside one is lost);
-# end-of-sequence ids allowed; `need` one too small, or without what a thought takes; `<think>` that opens only at the
-# start of the text; the closing tag in capitals unseen; a score line's table taken for another's.
+# Seen to fail: end-of-sequence ids allowed; `<think>` that opens only at the start of the text; a score line's start
+# taken for another's; no blank in front of a score.
 @pytest.mark.parametrize('name', [*CARRIED, *REAL])
 def test_a_constrained_line_always_parses(name, request):
   made = CARRIED[name]() if name in CARRIED else tokenizers.load(request.getfixturevalue('shared') / 'data' / 'tokenizers' / name)
@@ -151,8 +153,6 @@ def test_a_constrained_line_always_parses(name, request):
   assert max(lengths) == 1  # the budget is used up
 
 
-# Seen to fail: a blank behind the comma not allowed; text between the label and the box not allowed; `need` that lets
-# only the shortest scores in.
 @pytest.mark.parametrize('name', ['small', 'metaspace', 'byte_level'])
 def test_a_good_judgement_may_be_written_as_it_is(name):
   made = CARRIED[name]()
@@ -171,7 +171,7 @@ def test_a_good_judgement_may_be_written_as_it_is(name):
 
 
 def test_a_forced_line_has_room_for_any_score():
-  # Seen to fail: the reserve left out of what comes before the box.
+  # Seen to fail: no more kept for the box than its shortest scores take.
   made = CARRIED['small']()  # '10' is two tokens there
   guide, starts = tables.constrained(made, ((3, 1, 10, False),))
   state = starts[3, 1, 10, False]
@@ -184,3 +184,26 @@ def test_a_forced_line_has_room_for_any_score():
     state, left = guide.next[state, guide.class_of[index]], left - 1
     assert guide.need[state] <= left
   assert guide.stops[state]
+
+
+@pytest.mark.parametrize('name', ['metaspace', 'byte_level'])
+def test_a_character_that_is_begun_is_finished(name):
+  # Seen to fail: broken characters allowed. A decoder of fallback bytes gives up the bytes beside one, tags included.
+  made = CARRIED[name]()
+  guide, starts = tables.constrained(made, ((2, 1, 10, False),))
+  found = pieces.of(made).text
+  state = guide.next[starts[2, 1, 10, False], guide.class_of[found.index(b'\xe2')]]
+  allowed = np.flatnonzero((guide.need[guide.next[state]] < 50)[guide.class_of])
+  assert {found[i] for i in allowed} == {bytes([byte]) for byte in range(0x80, 0xC0)}
+  assert guide.need[state] == 2 + guide.need[guide.next[starts[2, 1, 10, False], guide.class_of[found.index(b'x')]]]
+
+
+# Seen to fail: a box that is on no score line allowed.
+def test_a_box_on_no_score_line_is_not_begun():
+  made = CARRIED['byte_level']()
+  guide, starts = tables.constrained(made, ((2, 1, 10, False),))
+  for text, opens in (('It is ', False), ('Scores: ', True), ('\n### Output\n\n$', True), ('Scores of ', False), ('<think>a</think> Scores ', True)):
+    state = starts[2, 1, 10, False]
+    for index in made.encode_data(text + '\\boxed'):
+      state = guide.next[state, guide.class_of[index]]
+    assert (guide.need[guide.next[state, guide.class_of[made.encode_data('{')[0]]]] < 50) == opens, text

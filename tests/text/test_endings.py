@@ -46,7 +46,7 @@ def walks(tok, count, length, seed, planted=()):
     yield ids
 
 
-# Seen to fail: the blank in front of a text kept; '{' that does not glue; every token of bytes taken for characters.
+# Seen to fail: the blank in front of a text kept; '{' that does not glue; bytes taken for characters.
 def test_pieces_are_what_decoding_gives(tok):
   found = pieces.of(tok)
   whole = lambda i: found.text[i] is not None and found.text[i].decode('utf-8', 'ignore').encode() == found.text[i]
@@ -56,7 +56,7 @@ def test_pieces_are_what_decoding_gives(tok):
 
 
 def test_a_table_lands_where_its_automaton_does(tok):
-  # Seen to fail: a token class per length; the blank of a spaced token left out; tokens read from their second byte.
+  # Seen to fail: the blank of a spaced token left out; tokens read from their second byte; pieces that glue nothing.
   found = pieces.of(tok)
   for automaton, start in (
       (endings.strings_automaton(('END.', 'D', '\\boxed{1')), 0),
@@ -78,7 +78,7 @@ STOPS = (('ND.',), ('xe',), ('8', '10', '0,'), ('ores', 'res:', 'score'), ('\n',
 
 @pytest.mark.parametrize('strings', STOPS, ids=repr)
 def test_the_first_token_with_which_the_text_holds_a_string_stops(tok, strings):
-  # Seen to fail: matches within one token only; matches that begin at the start of a token only.
+  # Seen to fail: no other beginning looked for where a match breaks off; a stop that the rest of its token undoes.
   spelled = [text for text in strings if _can_spell(tok, text)]
   if len(spelled) < len(strings):
     with pytest.raises(ValueError, match='no tokens of the tokenizer spell'):

@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 
 from spct_jax import pages, sharding, types
 from spct_jax.algos import voting
-from spct_jax.judges import grm, prompts
+from spct_jax.judges import endings, grm, prompts
 from spct_jax.models import hf, unrolled
 from spct_jax.models.transformer import Transformer
 from spct_jax.sampling.engine import Engine
@@ -65,6 +65,7 @@ class RewardModel:
   max_new_tokens: int
   temperature: float
   cache_rules: tuple
+  ends: endings.Endings
 
   @classmethod
   def load(
@@ -77,20 +78,28 @@ class RewardModel:
       max_new_tokens: int | None = None,
       temperature: float = 0.5,
       dtype: str | None = None,
+      stop_strings: Sequence[str] = (),
+      stop_at_scores: bool = False,
+      constrain_scores: bool = False,
   ) -> 'RewardModel':
     """Loads a Hugging Face folder (config.json, safetensors, tokenizer), a PEFT folder, or a workdir of this package.
 
     stage: which model of a workdir: 'grpo', 'rft' or 'sft'; the furthest that is finished if None.
     template, max_prompt_tokens, max_new_tokens: by default a workdir's own, else 'grm', 4096 and 1024.
     temperature: of the samples (paper: 0.5). dtype: of the computation; bfloat16 on accelerators, float32 on a CPU.
+    stop_strings: texts that end a sample, which is cut before them. stop_at_scores: a sample ends with its score line.
+    constrain_scores: only score lines that parse are drawn, within max_new_tokens: every sample votes.
     """
     folder = pathlib.Path(folder).expanduser()
     if not folder.is_dir():
       raise ValueError(f'no folder {str(folder)!r}; give a Hugging Face folder or a workdir with a trained stage')
+    strings = stop_strings if isinstance(stop_strings, str) else tuple(stop_strings)
+    ends = endings.Endings(strings, stop_at_scores, constrain_scores)
     dtype = dtype or ('float32' if jax.default_backend() == 'cpu' else 'bfloat16')
     mesh = sharding.make_mesh({'data': -1})
     found = _open_workdir(folder, stage, mesh) if _is_workdir(folder) else _open_hf(folder, dtype, mesh)
     decoder, params, tok, page = found
+    endings.check(ends, tok, max_new_tokens or page['max_new_tokens'])
     decoder = Transformer(dataclasses.replace(decoder.config, dtype=dtype, param_dtype=dtype, remat=False))
     params = unrolled.consume(decoder.config, jax.tree.map(lambda leaf: leaf.astype(dtype), params))
     decoder = unrolled.model(decoder)
@@ -104,6 +113,7 @@ class RewardModel:
         max_new_tokens=max_new_tokens or page['max_new_tokens'],
         temperature=temperature,
         cache_rules=pages.sharding().cache_rules,
+        ends=ends,
     )
 
   def score(
@@ -166,6 +176,7 @@ class RewardModel:
         top_k=0,
         min_p=0.0,
         seed=seed,
+        ends=self.ends,
     )
     engine = _engine(self.decoder, self.mesh, self.cache_rules, k, self.max_new_tokens, self.tokenizer.eos_ids, seed)
     generate = lambda batch, tasks, infos, withdraw=None: engine.generate(self.params, batch, tasks, withdraw=withdraw)

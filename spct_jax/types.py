@@ -85,12 +85,31 @@ class PromptBatch:
 
 
 @dataclasses.dataclass(frozen=True)
+class Guide:
+  """An automaton over token ids that every task of a rollout carries along: where it ends, or what it may draw.
+
+  A task is in a state; a token v takes it from state s to `next[s, class_of[v]]`.
+
+  class_of int32[V of the tokenizer] (an id without a text is of class 0), next int16[S, C], stops bool[S] (a task ends
+  where it gets into such a state), need int32[S] or None (the tokens to a stop at least: a token is drawn only if the
+  state behind it needs no more than are left), start int32[Q].
+  """
+
+  class_of: np.ndarray
+  next: np.ndarray
+  stops: np.ndarray
+  need: np.ndarray | None
+  start: np.ndarray | None
+
+
+@dataclasses.dataclass(frozen=True)
 class Tasks:
   """What the engine is to sample: Q tasks, each one sample of one prompt, all arrays of length Q.
 
   prompt int32 (index into U), uid uint32[Q, 2] (stable 64-bit hash of the example's uid), visit int32,
   sample int32; temperature, top_p, min_p float32; top_k int32 (0 = off); row_mask bool.
-  A temperature of 0 is greedy. `top_p = 1`, `top_k = 0`, `min_p = 0` switch truncation off.
+  A temperature of 0 is greedy. `top_p = 1`, `top_k = 0`, `min_p = 0` switch truncation off. `guides` end tasks, or
+  say what they may draw.
   """
 
   prompt: np.ndarray
@@ -102,6 +121,7 @@ class Tasks:
   top_k: np.ndarray
   min_p: np.ndarray
   row_mask: np.ndarray
+  guides: tuple[Guide, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,14 +139,15 @@ class TaskInfo:
 class Rollouts:
   """Generated tokens, in the order of the tasks. tokens int32[Q, T], logp float32[Q, T], token_mask bool[Q, T].
 
-  `token_mask` is True through the end-of-sequence token; a row whose last True token is no end-of-sequence
-  token ran into the length limit. `logp` is of the full vocabulary at the sampling temperature, before truncation.
-  `withdrawn` bool[Q] marks tasks that were given up while they waited or ran: empty rows; None: no task was.
+  `token_mask` is True through the token that ended the task. `ended` bool[Q]: that was an end-of-sequence token or a
+  guide's stop; False: the length limit. `logp` is of the full vocabulary at the sampling temperature, before
+  truncation. `withdrawn` bool[Q] marks tasks that were given up while they waited or ran: empty rows; None: no task was.
   """
 
   tokens: np.ndarray
   logp: np.ndarray
   token_mask: np.ndarray
+  ended: np.ndarray
   withdrawn: np.ndarray | None = None
 
 

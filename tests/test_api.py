@@ -86,6 +86,21 @@ def test_the_engine_stops_nothing_that_it_cannot_read(judge):
   assert found == judge.score('What is 2 + 2?', ['4', '5'], k=3) and found.votes_saved == 0
 
 
+def test_every_sample_of_a_random_judge_votes_where_its_score_line_is_constrained(folder):
+  # Seen to fail: the options not handed on; the text read to the end of its last token.
+  judge = spct_jax.RewardModel.load(
+      folder, template='short', max_prompt_tokens=256, max_new_tokens=20, temperature=1.0, constrain_scores=True
+  )
+  found = judge.score('What is 2 + 2?', ['4', '5', '6'], k=4)
+  assert found.best is not None and all(sample.parse == 'ok' and len(sample.scores) == 3 for sample in found.samples)
+  assert all(sample.critique.endswith('}') for sample in found.samples)
+  assert len({sample.scores for sample in found.samples}) > 1
+  with pytest.raises(ValueError, match='got 20 new tokens at 0 .*takes 2'):
+    judge.score('Which?', list('abcde'), k=1)
+  with pytest.raises(ValueError, match='a tuple of strings'):
+    spct_jax.RewardModel.load(folder, stop_strings='END')
+
+
 @pytest.mark.parametrize(
     ('query', 'responses', 'k', 'message'),
     [

@@ -26,7 +26,7 @@ import numpy as np
 
 from spct_jax import records, types
 from spct_jax.algos import early as early_algo
-from spct_jax.judges import parse, prompts
+from spct_jax.judges import endings, parse, prompts
 from spct_jax.text import chat, encode
 from spct_jax.text.tokenizer import Tokenizer
 
@@ -40,7 +40,7 @@ ORDER_RULES = ('shuffle', 'balanced', 'fixed', 'group')
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """How examples become prompts and how the engine samples them; no field has a hidden default.
+  """How examples become prompts and how the engine samples them.
 
   orders: 'shuffle' draws an order per sample (the paper's rule), 'balanced' deals the samples over cyclic
     shifts, 'fixed' keeps the file's order, 'group' draws one order per item and visit (GRPO).
@@ -48,6 +48,7 @@ class Settings:
   buckets: ascending prompt lengths in tokens; a chunk is padded to the smallest that holds it and the last
     one is the limit.
   chunk_prompts, chunk_tasks: how many distinct prompts and samples the engine takes in one call.
+  ends: where a judgement ends besides where the model ends it; such samples are for use, not for training.
   """
 
   template: prompts.Template
@@ -63,6 +64,7 @@ class Settings:
   top_k: int
   min_p: float
   seed: int
+  ends: endings.Endings = endings.NONE
 
   def __post_init__(self):
     if self.orders not in ORDER_RULES:
@@ -305,12 +307,13 @@ def run(judge: Judge, chunks: Iterable[Chunk]) -> Iterator[tuple[Chunk, list[typ
   Trajectories come in the order of the chunk's tasks, without those that were withdrawn. Where a chunk cannot be drawn,
   the one before is given first.
   """
-  drawn = None
+  drawn, chunks = None, tuple(chunks)
+  kinds = _kinds(judge, [task for chunk in chunks for task in chunk.tasks])
   for chunk in chunks:
     error = None
     try:
-      votes = _Votes(chunk, judge.tokenizer)
-      wait = _launch(judge, chunk, votes)
+      votes = _Votes(chunk, judge)
+      wait = _launch(judge, chunk, kinds, votes)
     except BaseException as caught:  # a signal to stop too: to compile a chunk's program may take minutes
       error = caught
     if drawn is not None:
@@ -326,8 +329,8 @@ def run(judge: Judge, chunks: Iterable[Chunk]) -> Iterator[tuple[Chunk, list[typ
 class _Votes:
   """The votes of a chunk's items, as far as they are read."""
 
-  def __init__(self, chunk: Chunk, tokenizer: Tokenizer):
-    self._chunk, self._tokenizer = chunk, tokenizer
+  def __init__(self, chunk: Chunk, judge: Judge):
+    self._chunk, self._tokenizer, self._ends = chunk, judge.tokenizer, judge.settings.ends
     self._found: dict[int, types.Trajectory] = {}
     items: dict[int, list[int]] = {}
     for row, task in enumerate(chunk.tasks):
@@ -354,14 +357,16 @@ class _Votes:
       kept = ~rollouts.withdrawn[: len(kept)]
     rest = [row for row in np.flatnonzero(kept).tolist() if row not in self._found]
     self._read(rest, dataclasses.replace(
-        rollouts, tokens=rollouts.tokens[rest], logp=rollouts.logp[rest], token_mask=rollouts.token_mask[rest]
+        rollouts, tokens=rollouts.tokens[rest], logp=rollouts.logp[rest], token_mask=rollouts.token_mask[rest],
+        ended=rollouts.ended[rest],
     ))
     if self._chunk.early is not None:
       kept[self._unneeded()] = False  # by what ended last, too
     return [self._found[row] for row in np.flatnonzero(kept).tolist()]
 
   def _read(self, rows, rollouts):
-    for row, found in zip(rows, read([self._chunk.tasks[row] for row in rows], rollouts, self._tokenizer)):
+    tasks = [self._chunk.tasks[row] for row in rows]
+    for row, found in zip(rows, read(tasks, rollouts, self._tokenizer, self._ends)):
       self._found[row] = found
       if self._chunk.early is not None:
         at = self._at[row]
@@ -380,7 +385,18 @@ class _Votes:
     return self._rows[np.arange(K)[None, :] >= needed[:, None]]
 
 
-def _launch(judge: Judge, chunk: Chunk, votes: _Votes) -> Callable[[], types.Rollouts]:
+def _kinds(judge: Judge, tasks: Sequence[Task]) -> dict[tuple[int, ...], tuple]:
+  """What the score line of each prompt has to be; nothing where nobody asks."""
+  if judge.settings.ends == endings.NONE:
+    return {}
+  found = {}
+  for task in tasks:
+    if task.prompt_ids not in found:
+      found[task.prompt_ids] = endings.kind(task.prompt, task.prompt_ids, judge.tokenizer)
+  return found
+
+
+def _launch(judge: Judge, chunk: Chunk, kinds: dict, votes: _Votes) -> Callable[[], types.Rollouts]:
   """Hands a chunk to the engine: prompts and tasks padded to the fixed sizes of the settings."""
   settings = judge.settings
   slots: dict[tuple, int] = {}
@@ -408,6 +424,9 @@ def _launch(judge: Judge, chunk: Chunk, votes: _Votes) -> Callable[[], types.Rol
       top_k=constant(settings.top_k, np.int32),
       min_p=constant(settings.min_p, np.float32),
       row_mask=np.arange(queue) < len(chunk.tasks),
+      guides=endings.guides(
+          settings.ends, judge.tokenizer, kinds.values(), [kinds[t.prompt_ids] for t in chunk.tasks if kinds], queue
+      ),
   )
   steer = () if chunk.early is None else (votes.withdraw,)
   rollouts = judge.generate(batch, tasks, tuple(t.info for t in chunk.tasks), *steer)
@@ -415,7 +434,10 @@ def _launch(judge: Judge, chunk: Chunk, votes: _Votes) -> Callable[[], types.Rol
 
 
 def read(
-    tasks: Sequence[Task], rollouts: types.Rollouts, tokenizer: Tokenizer
+    tasks: Sequence[Task],
+    rollouts: types.Rollouts,
+    tokenizer: Tokenizer,
+    wanted: endings.Endings = endings.NONE,
 ) -> list[types.Trajectory]:
   """Gate 2: token ids back to text, parsed strictly; a run into the length limit is its own class."""
   out = []
@@ -423,8 +445,11 @@ def read(
   for row, task in enumerate(tasks):
     length = int(np.count_nonzero(rollouts.token_mask[row]))
     tokens = tuple(int(t) for t in rollouts.tokens[row, :length])
-    ended = bool(tokens) and tokens[-1] in eos
-    text = tokenizer.decode(tokens[:-1] if ended else tokens)
+    ended = bool(rollouts.ended[row])
+    at_eos = ended and tokens[-1] in eos
+    text = tokenizer.decode(tokens[:-1] if at_eos else tokens)
+    if ended and not at_eos:
+      text = endings.cut(text, wanted, endings.kind(task.prompt, task.prompt_ids, tokenizer))
     n = len(task.info.order)
     parsed = parse.read(
         text, n, low=task.prompt.low, high=task.prompt.high, truncated=not ended

@@ -19,6 +19,10 @@ renormalised survivors of those before it. Every setting is an array with one en
 4. A temperature of 0 is greedy: the likeliest token, the lowest id on ties; its `logp` is at temperature 1.
 5. A NaN logit counts as -inf, +inf as the largest float; a row without any finite logit is uniform,
    and if all of it is NaN its `logp` is NaN, so that a broken model cannot pass for a poor one.
+6. Where only some tokens are `allowed`, those are all that the steps above see: the draw follows the model's own
+   distribution among them (token by token, which is not its distribution among the whole texts that are allowed).
+   `logp` stays that of the full vocabulary, at least the lowest float; where the model gives no allowed token a
+   finite logit, the draw among them is uniform. A row must be allowed a token.
 """
 
 import jax
@@ -35,6 +39,7 @@ def sample(
     top_p: Float[Array, ' R'],
     top_k: Int[Array, ' R'],
     min_p: Float[Array, ' R'],
+    allowed: Bool[Array, 'R V'] | None = None,
 ) -> tuple[Int[Array, ' R'], Float[Array, ' R']]:
   """Draws one token a row; `uniform` is in [0, 1). Off: top_p = 1, top_k = 0, min_p = 0."""
   raw = logits.astype(jnp.float32)
@@ -49,15 +54,28 @@ def sample(
   scale_R1 = jnp.where(greedy_R1, 1.0, jnp.maximum(temperature, jnp.finfo(jnp.float32).tiny)[:, None])
   scaled = jnp.where(empty_R1, 0.0, (logits - top_R1) / scale_R1)
   weight = jnp.exp(scaled)
+  open_logits, open_weight = (logits, weight) if allowed is None else _only(allowed, logits, scale_R1)
 
   def truncated():
-    return jnp.where(truncate(logits, weight, top_p, top_k, min_p), weight, 0.0)
+    return jnp.where(truncate(open_logits, open_weight, top_p, top_k, min_p), open_weight, 0.0)
 
-  kept = jax.lax.cond(((top_p < 1) | (top_k > 0) | (min_p > 0)).any(), truncated, lambda: weight)
+  kept = jax.lax.cond(((top_p < 1) | (top_k > 0) | (min_p > 0)).any(), truncated, lambda: open_weight)
   drawn = _draw(kept, uniform)
-  token = jnp.where(greedy_R1[:, 0], _likeliest(logits), drawn).astype(jnp.int32)
+  token = jnp.where(greedy_R1[:, 0], _likeliest(open_logits), drawn).astype(jnp.int32)
   logp = jnp.take_along_axis(scaled, token[:, None], axis=1)[:, 0] - jnp.log(weight.sum(axis=1))
+  if allowed is not None:
+    logp = jnp.maximum(logp, jnp.finfo(jnp.float32).min)
   return token, jnp.where(broken, jnp.nan, logp)
+
+
+def _only(allowed, logits, scale_R1):
+  """Logits and weights with -inf and 0 for what is not allowed; all alike where no allowed one is finite."""
+  inside = jnp.where(allowed, logits, -jnp.inf)
+  top_R1 = inside.max(axis=1, keepdims=True)
+  empty_R1 = top_R1 == -jnp.inf
+  inside = jnp.where(empty_R1 & allowed, 0.0, inside)
+  return inside, jnp.where(allowed, jnp.exp((inside - jnp.where(empty_R1, 0.0, top_R1)) / scale_R1), 0.0)
+
 
 def truncate(
     logits: Float[Array, 'R V'],

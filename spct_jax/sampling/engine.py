@@ -19,6 +19,8 @@ name (seed, stage, visit, uid, sample) only, up to float ties: not on rows, batc
 5. Where tasks may be withdrawn, the prompts of the first samples come first, and few tasks of a prompt run side by
    side: an item's samples are then spread over time, and are not all under way when the first of them have decided.
    Prompts stay whole there.
+6. Guides (`types.Guide`: stop strings, the score line) are tables over token ids that come with the tasks: values too,
+   of which only the number and the sizes are compiled in. The engine never sees text.
 """
 
 from collections.abc import Callable
@@ -33,7 +35,7 @@ from spct_jax import sharding
 from spct_jax.models import unrolled
 from spct_jax.models.config import DTYPES
 from spct_jax.models.transformer import Transformer
-from spct_jax.sampling import keys, loop, trunks
+from spct_jax.sampling import guides, keys, loop, trunks
 from spct_jax.types import PromptBatch, Rollouts, Tasks
 
 _ALL = 2**30  # steps: more than any run takes
@@ -58,7 +60,8 @@ class Engine:
   """How to sample from a model. `rows` run side by side; `mesh` None is one device without placement.
 
   `cache_rules` place the caches (sharding rules; paths 'prompt/period/0/k', 'rows/head/0/v', ...; shape
-  [slots or rows, M, positions, hd]). A task ends with one of `eos_ids`, or after `max_new_tokens`.
+  [slots or rows, M, positions, hd]). A task ends with one of `eos_ids`, at a stop of the tasks' guides, or after
+  `max_new_tokens`.
   With `share_trunks` what prompts begin with alike is computed, held and read once, where that is worth it.
   `cache_dtype`: what keys and values are kept in; None is what the model computes in, 'int8' eight bits (`int8`).
   Parameters may be the model's own, or have their layers side by side (`unrolled`), which saves a copy at each call.
@@ -153,10 +156,10 @@ class Engine:
     dealt, given, state = self._begin(params, prompts, tasks, limits, withdraw is not None)
     total = int(tasks.row_mask.sum())
     if not total:
-      return lambda: self._rollouts(len(tasks.prompt), None, None)
+      return lambda: self._rollouts(tasks, None, None)
     if withdraw is not None:
       steps = np.int32(segment or max(1, self.max_new_tokens // 16))
-      return self._withdrawing(dealt, given, state, steps, len(tasks.prompt), on_progress, withdraw)
+      return self._withdrawing(tasks, dealt, given, state, steps, on_progress, withdraw)
     steps = np.int32(_ALL if segment is None else segment)
     state, finished = loop.advance(*given, state, steps)
 
@@ -166,13 +169,13 @@ class Engine:
         if on_progress is not None:
           on_progress(done, total)
         if done == total:
-          return self._rollouts(len(tasks.prompt), dealt, held)
+          return self._rollouts(tasks, dealt, held)
         held, count = loop.advance(*given, held, steps)
         done = int(sharding.to_host(count))
 
     return wait
 
-  def _withdrawing(self, dealt, given, state, steps, Q, on_progress, withdraw):
+  def _withdrawing(self, tasks, dealt, given, state, steps, on_progress, withdraw):
     """The rest of `_launch` where tasks may be withdrawn."""
     settings, sizes, weights, root, prompts, queue = given
     waiting, total = _Waiting(dealt, sharding.to_host(prompts.number)), int((dealt >= 0).sum())
@@ -190,12 +193,13 @@ class Engine:
         if on_progress is not None:
           on_progress(finished, total)
         if finished == total:
-          return self._rollouts(Q, dealt, held, waiting.withdrawn(Q))
+          return self._rollouts(tasks, dealt, held, waiting.withdrawn(len(tasks.prompt)))
         place, *found = sharding.to_host(seen)
         index = waiting.tasks(place)
         if (index >= 0).any():
           new = index >= 0
-          waiting.withdraw(withdraw(index[new], self._rows(*(values[new] for values in found))))
+          theirs = tuple(dataclasses.replace(guide, start=guide.start[index[new]]) for guide in tasks.guides)
+          waiting.withdraw(withdraw(index[new], self._rows(theirs, *(values[new] for values in found))))
           prompts = prompts._replace(number=_put(waiting.number, self.mesh))
         done, seen = next_done, next_seen
 
@@ -212,15 +216,16 @@ class Engine:
     cut, sizes = _choose(prompts, tasks, settings.groups, self.rows, T, share, withdraws)
     dealt, *host = _deal(prompts, tasks, limits, settings.groups, cut, withdraws)
     dealt_prompts, queue = _put(host, self.mesh)
+    queue = queue._replace(guides=_guides(tasks.guides, dealt, self.model.config.vocab_size, self.mesh))
     root = np.asarray(jax.random.key_data(keys.root_key(self.seed, self.stage)))
     # Layers that stand alone pass by the program, whose results would be copies of them.
     alone = unrolled.alone(params)
     weights, state = loop.start(settings, sizes, {} if alone else params, dealt_prompts, queue)
     return dealt, (settings, sizes, params if alone else weights, root, dealt_prompts, queue), state
 
-  def _rollouts(self, Q, dealt, state, withdrawn=None) -> Rollouts:
+  def _rollouts(self, tasks, dealt, state, withdrawn=None) -> Rollouts:
     """The state's results in the order of the tasks; empty rows for padding and for what was withdrawn."""
-    T = self.max_new_tokens
+    Q, T = len(tasks.prompt), self.max_new_tokens
     tokens, logp, length = np.zeros((Q, T), np.int32), np.zeros((Q, T), np.float32), np.zeros(Q, np.int32)
     if state is not None:
       real = dealt >= 0
@@ -229,15 +234,19 @@ class Engine:
       found = sharding.to_host((state.tokens, state.logp, state.length))
       for out, values in zip((tokens, logp, length), found):
         out[dealt[real]] = values[real]
-    return dataclasses.replace(self._rows(tokens, logp, length), withdrawn=withdrawn)
+    return dataclasses.replace(self._rows(tasks.guides, tokens, logp, length), withdrawn=withdrawn)
 
-  def _rows(self, tokens, logp, length) -> Rollouts:
+  def _rows(self, given, tokens, logp, length) -> Rollouts:
+    """Rollouts of these tasks; `given` are their guides."""
     if np.isnan(logp).any():
       raise FloatingPointError(
           'the model gives no finite logit, so nothing can be sampled from it: its parameters are NaN or infinite; '
           'go back to a checkpoint before the training diverged'
       )
-    return Rollouts(tokens=tokens, logp=logp, token_mask=np.arange(self.max_new_tokens)[None, :] < length[:, None])
+    last = tokens[np.arange(len(tokens)), np.maximum(length, 1) - 1]
+    ended = ((length > 0) & np.isin(last, self.eos_ids)) | guides.stopped(given, tokens, length)
+    token_mask = np.arange(self.max_new_tokens)[None, :] < length[:, None]
+    return Rollouts(tokens=tokens, logp=logp, token_mask=token_mask, ended=ended)
 
 
 class _Waiting:
@@ -292,6 +301,16 @@ def _put(tree, mesh):
   if mesh is not None:
     where = NamedSharding(mesh, PartitionSpec(sharding.DATA_AXES))
   return sharding.to_device(tree, where)
+
+
+def _guides(given, dealt, V, mesh) -> tuple[guides.Guide, ...]:
+  """The tables whole on every device, the tasks' starts where the queues are."""
+  starts = _put([guide.start[np.maximum(dealt, 0)].astype(np.int32) for guide in given], mesh)
+  everywhere = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  if mesh is not None:
+    everywhere = sharding.replicated(mesh)
+  whole = sharding.to_device(guides.tables(given, V), everywhere)
+  return tuple(guides.Guide(**table, start=start) for table, start in zip(whole, starts))
 
 
 def _counts(prompts: PromptBatch, tasks: Tasks) -> np.ndarray:
@@ -518,3 +537,4 @@ def _check(prompts: PromptBatch, tasks: Tasks, vocab_size: int, limits: np.ndarr
   if limits.shape != real.shape:
     raise ValueError(f'limits: got shape {limits.shape}; needs one number of tokens for each of {real.size} tasks.')
   refuse('limits', limits, real & ((limits < 1) | (limits > T)), f'1 to {T}, max_new_tokens')
+  guides.check(tasks.guides, real, limits, vocab_size)

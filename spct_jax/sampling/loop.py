@@ -8,7 +8,7 @@ things, whichever the state asks for:
     fill    if as many slots are free as prompts go through the model at once (or as are left): prefill them
     step    1. every row feeds one token and stores its key and value at ring position clock % T, all rows alike
             2. it attends to its slot's prompt[:-1] and to its own ring entries since it began (`shared`)
-            3. it draws a token; on an end-of-sequence id, or after its limit, its task is done
+            3. it draws a token; on an end-of-sequence id, a guide's stop, or after its limit, its task is done
             4. the clock ticks
 
 After either one, free rows take waiting tasks: those of the earliest prompt first, as far as its slot has a
@@ -44,7 +44,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from spct_jax import sharding
 from spct_jax.models import int8, kv_cache, prefill, unrolled
 from spct_jax.models.transformer import Transformer
-from spct_jax.sampling import decoding, keys, shared, suffixes
+from spct_jax.sampling import decoding, guides, keys, shared, suffixes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,6 +127,7 @@ class Queue(NamedTuple):
   top_p: jax.Array
   top_k: jax.Array
   min_p: jax.Array
+  guides: tuple = ()  # of `guides.Guide`; their tables are whole on every device
 
 
 class Loaded(NamedTuple):
@@ -155,7 +156,8 @@ class State(NamedTuple):
   tokens: jax.Array  # [G, Q, T]
   logp: jax.Array  # [G, Q, T]
   length: jax.Array  # [G, Q], tokens generated
-  trunks: Loaded | None
+  trunks: Loaded | None = None
+  guided: tuple = ()  # [G, R] for each of the queue's guides, the state that the row's task is in since its first step
 
 
 def empty_cache(settings: Settings, name: str, batch: int, length: int) -> dict:
@@ -228,6 +230,7 @@ def start(settings: Settings, sizes: Sizes, params: dict, prompts: Prompts, queu
       logp=zeros(Q, T).astype(jnp.float32),
       length=zeros(Q),
       trunks=trunks,
+      guided=tuple(rows for _ in queue.guides),
   )
 
 
@@ -452,10 +455,20 @@ def _step(
   logits, ring = _logits(settings, sizes, weights, prompts, t, state)
 
   flat = lambda values: _of(values, state.task).reshape(-1)
+  guided = [
+      jnp.where(t == 0, _of(guide.start, state.task), held).reshape(-1)
+      for guide, held in zip(queue.guides, state.guided)
+  ]
+  allowed = None
+  for guide, held in zip(queue.guides, guided):
+    if guide.need is not None:
+      ok = guides.allowed(guide, held, flat(queue.limit) - t.reshape(-1))
+      allowed = ok if allowed is None else allowed & ok
   token, logp = decoding.sample(
       logits, keys.uniform(flat(task_keys), t.reshape(-1)), flat(queue.temperature), flat(queue.top_p),
-      flat(queue.top_k), flat(queue.min_p),
+      flat(queue.top_k), flat(queue.min_p), allowed,
   )
+  followed = [guides.follow(guide, held, token) for guide, held in zip(queue.guides, guided)]
   token, logp = token.reshape(t.shape), logp.reshape(t.shape)
 
   # A row without a task has an index behind the end, so its writes are dropped.
@@ -464,6 +477,8 @@ def _step(
   ends = t + 1 >= _of(queue.limit, state.task)
   for eos in settings.eos_ids:
     ends |= token == eos
+  for _, stops in followed:
+    ends |= stops.reshape(t.shape)
   ends &= state.task < Q
   state = state._replace(
       clock=state.clock + 1,
@@ -475,6 +490,7 @@ def _step(
       tokens=_by_rows(settings, store(state.tokens, state.task, t, token)),
       logp=_by_rows(settings, store(state.logp, state.task, t, logp)),
       length=_by_rows(settings, count(state.length, state.task, t + 1)),
+      guided=tuple(held.reshape(t.shape) for held, _ in followed),
   )
   return _admit(sizes, prompts, state)
 

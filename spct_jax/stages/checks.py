@@ -6,7 +6,7 @@ A pipeline calls it for all its stages before the first one works.
 from typing import Any
 
 from spct_jax.data import instructions, stream
-from spct_jax.judges import grm
+from spct_jax.judges import endings, grm
 from spct_jax.stages import datasets, loading, named, trackers
 from spct_jax.train import update
 
@@ -66,6 +66,12 @@ def sampling(config: Any, stage: str) -> None:
         f'of it; raise judge.rows to {k} or more, or ask for fewer samples'
     )
   _ascending('judge.buckets', judge.buckets)
+  refused = [name for name in ('stop_strings', 'stop_at_scores', 'constrain_scores') if stage != 'evaluate' and name in fields]
+  if refused:
+    raise ValueError(
+        f'{stage}.{refused[0]}: judgements to learn from are drawn as the model writes them, to its own end; remove the '
+        f'field, or set evaluate.{refused[0]}, which is an option of use'
+    )
   if 'orders' in fields and fields.orders not in ORDERS:
     raise ValueError(f'{stage}.orders: got {fields.orders!r}; allowed: {", ".join(ORDERS)}')
   if stage == 'sample':
@@ -122,6 +128,7 @@ def grpo(config: Any, mesh: Any) -> None:
 def evaluation(config: Any, mesh: Any) -> None:
   """Votes must fit into the pool, and the voters into the vote."""
   sampling(config, 'evaluate')
+  _endings(config)
   trackers.compiled(config.trackers)
   fields = config.evaluate
   ks = tuple(fields.ks)
@@ -204,6 +211,16 @@ def _early(config: Any) -> None:
     grm.check_early(rule, orders=fields.orders, samples=fields.samples, chunk_tasks=judge.chunk_tasks)
   except ValueError as error:
     raise ValueError(f'evaluate.{error}') from None
+
+
+def _endings(config: Any) -> None:
+  """Stop strings and score lines that the tokenizer cannot spell, or not within the limit."""
+  wanted = loading.judge_endings(config)
+  if wanted != endings.NONE:
+    try:
+      endings.check(wanted, loading.tokenizer(config), config.judge.max_new_tokens)
+    except ValueError as error:
+      raise ValueError(f'evaluate: {error}') from None
 
 
 def stage(config: Any, mesh: Any, name: str) -> None:

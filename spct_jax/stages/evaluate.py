@@ -69,7 +69,9 @@ def run(config: Any, workdir: Workdir, mesh: Any, generate: Any = None) -> None:
   tok = loading.tokenizer(config)
   data = datasets.load(config)
   examples = data.heldout
-  settings = loading.judge_settings(config, fields, orders=fields.orders, single=fields.single)
+  settings = loading.judge_settings(
+      config, fields, orders=fields.orders, single=fields.single, ends=loading.judge_endings(config)
+  )
   greedy_settings = dataclasses.replace(
       settings, temperature=0.0, top_p=1.0, top_k=0, min_p=0.0, orders='balanced'
   )

@@ -15,7 +15,7 @@ import jax
 
 from spct_jax import sharding
 from spct_jax.data import stream
-from spct_jax.judges import grm, prompts
+from spct_jax.judges import endings, grm, prompts
 from spct_jax.models.config import BlockConfig, ModelConfig
 from spct_jax.models.transformer import Transformer
 from spct_jax.stages import named, processes
@@ -286,7 +286,18 @@ def optim_settings(stage: Any) -> optim.OptimSettings:
   )
 
 
-def judge_settings(config: Any, section: Any, *, orders: str, single: str) -> grm.Settings:
+def judge_endings(config: Any) -> endings.Endings:
+  """Where the judgements of an evaluation end; those that are trained on end as the model ends them."""
+  fields = config.evaluate
+  try:
+    return endings.Endings(tuple(fields.stop_strings), fields.stop_at_scores, fields.constrain_scores)
+  except ValueError as error:
+    raise ValueError(f'evaluate.{error}') from None
+
+
+def judge_settings(
+    config: Any, section: Any, *, orders: str, single: str, ends: endings.Endings = endings.NONE
+) -> grm.Settings:
   """How a stage prompts and samples: the judge's page and the stage's own sampling fields."""
   fields = config.judge
   return grm.Settings(
@@ -303,4 +314,5 @@ def judge_settings(config: Any, section: Any, *, orders: str, single: str) -> gr
       top_k=section.top_k,
       min_p=section.min_p,
       seed=config.seed,
+      ends=ends,
   )

@@ -35,9 +35,10 @@ class ScriptedEngine:
     self.calls.append(infos)
     rows = len(tasks.prompt)
     tokens = np.full((rows, self._length), self._tokenizer.pad_id, np.int32)
-    mask, gone = np.zeros((rows, self._length), bool), np.zeros(rows, bool)
+    mask = np.zeros((rows, self._length), bool)
+    gone, ended = np.zeros((2, rows), bool)
     made = lambda index: types.Rollouts(
-        tokens[index], np.where(mask[index], np.float32(-1), np.float32(0)), mask[index]
+        tokens[index], np.where(mask[index], np.float32(-1), np.float32(0)), mask[index], ended[index]
     )
     waiting = list(range(len(infos)))
     while waiting:
@@ -45,13 +46,14 @@ class ScriptedEngine:
       running, waiting = np.asarray(waiting[:count]), waiting[count:]
       for row in running:
         ids = [*self._tokenizer.encode_data(self._script(infos[row])), self._tokenizer.eos_ids[0]]
+        ended[row] = len(ids) <= self._length
         ids = ids[: self._length]
         tokens[row, : len(ids)] = ids
         mask[row, : len(ids)] = True
       if withdraw is not None:
         gone[withdraw(running, made(running))] = True
         waiting = [row for row in waiting if not gone[row]]
-    tokens[gone], mask[gone] = self._tokenizer.pad_id, False
+    tokens[gone], mask[gone], ended[gone] = self._tokenizer.pad_id, False, False
     return dataclasses.replace(made(np.arange(rows)), withdrawn=None if withdraw is None else gone)
 
 

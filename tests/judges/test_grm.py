@@ -98,7 +98,7 @@ def test_orders_of_an_item_are_one_trunk_for_the_engine():
 
   def generate(batch, tasks, infos):
     given.append((batch, tasks, infos))
-    return types.Rollouts(np.zeros((12, 1), np.int32), np.zeros((12, 1), np.float32), np.zeros((12, 1), bool))
+    return types.Rollouts(np.zeros((12, 1), np.int32), np.zeros((12, 1), np.float32), np.zeros((12, 1), bool), np.zeros(12, bool))
 
   items = [
       Example(uid=uid, messages=(Message('user', ' '.join([word] * 150)),), responses=('yes', 'no', 'perhaps'), label=0)

@@ -13,12 +13,14 @@ MIXED = ((1.0, 1.0, 0, 0.0), (0.7, 0.9, 0, 0.0), (1.3, 1.0, 9, 0.0), (1.0, 1.0, 
 
 
 def take(tasks: Tasks, index) -> Tasks:
-  return Tasks(**{field.name: getattr(tasks, field.name)[index] for field in dataclasses.fields(tasks)})
+  columns = [field.name for field in dataclasses.fields(tasks) if field.name != 'guides']
+  return dataclasses.replace(tasks, **{name: getattr(tasks, name)[index] for name in columns})
 
 
 def assert_same(a: Rollouts, b: Rollouts):
   np.testing.assert_array_equal(a.tokens, b.tokens)
   np.testing.assert_array_equal(a.token_mask, b.token_mask)
+  np.testing.assert_array_equal(a.ended, b.ended)
   np.testing.assert_allclose(a.logp, b.logp, atol=2e-5)
 
 
@@ -60,7 +62,7 @@ def test_launched_runs_wait_for_each_other_in_any_order(rig, mixed):
   engine = rig.engine(rig.model, rows=3)
   half = take(tasks, np.arange(10))
   first, second = engine.launch(rig.params, rig.prompts, tasks), engine.launch(rig.params, rig.prompts, half)
-  assert_same(second(), Rollouts(got.tokens[:10], got.logp[:10], got.token_mask[:10]))
+  assert_same(second(), Rollouts(got.tokens[:10], got.logp[:10], got.token_mask[:10], got.ended[:10]))
   assert_same(first(), got)
 
 

@@ -201,6 +201,15 @@ FIELDS = {
     'pattern': ({'trackers.patterns.format': '['}, ('trackers.patterns.format', "'['", 'regular'), 'evaluate'),
     'soft': ({'evaluate.soft_temperature': 0.0}, ('evaluate.soft_temperature', 'got 0.0', 'above 0'), 'evaluate'),
     'single': ({'evaluate.single': 'both'}, ('evaluate.single', "'both'", "'binary', 'scale'"), 'evaluate'),
+    'stop strings and a line': (
+        {'evaluate.stop_strings': ('END',), 'evaluate.constrain_scores': True},
+        ('evaluate.stop_strings', "('END',)", 'constrain_scores', 'set one of the two'), 'evaluate',
+    ),
+    'an empty stop string': ({'evaluate.stop_strings': ('',)}, ('evaluate.stop_strings', 'at least one character'), 'evaluate'),
+    'a line over the limit': (
+        {'evaluate.constrain_scores': True, 'judge.max_new_tokens': 6},
+        ('evaluate', 'constrain_scores', 'takes up to', 'the limit is 6', 'raise max_new_tokens'), 'evaluate',
+    ),
     'keep': ({'logging.keep': 0}, ('logging.keep', 'got 0', 'at least 1'), 'sft'),
     'template': ({'judge.template': 'shrot'}, ('template', "'shrot'", 'grm, short', 'folder'), 'sample'),
     'no models': ({'evaluate.models': ()}, ('evaluate.models', 'none', 'at least one'), 'evaluate'),

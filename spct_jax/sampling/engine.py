@@ -27,7 +27,7 @@ import numpy as np
 from spct_jax import sharding
 from spct_jax.models.transformer import Transformer
 from spct_jax.sampling import keys, loop
-from spct_jax.types import PromptBatch, Rollouts, Tasks
+from spct_jax.types import Kept, PromptBatch, Rollouts, Tasks
 
 _ALL = 2**30  # steps: more than any run takes
 _PREFILL = 1024  # tokens that go through the model at once: enough to fill it, few enough to keep its activations small
@@ -43,6 +43,7 @@ class Engine:
 
   `cache_rules` place the caches (sharding rules; paths 'prompt/period/0/k', 'rows/head/0/v', ...; shape
   [slots or rows, M, positions, hd]). A task ends with one of `eos_ids`, or after `max_new_tokens`.
+  `kept` > 0 records the tokens that each token was drawn from, and draws from at most so many; 0 = off.
   """
 
   model: Transformer
@@ -53,6 +54,7 @@ class Engine:
   eos_ids: tuple[int, ...]
   seed: int
   stage: str
+  kept: int = 0
 
   def __post_init__(self):
     for name in ('rows', 'max_new_tokens'):
@@ -66,12 +68,17 @@ class Engine:
       raise ValueError(
           f'eos_ids: got {wrong}; the model has ids 0 to {config.vocab_size - 1}. Is it the right tokenizer?'
       )
+    if not 0 <= self.kept <= config.vocab_size:
+      raise ValueError(
+          f'kept: got {self.kept}; allowed: 0 (off) to {config.vocab_size}, the vocabulary. It is the most tokens of a '
+          'step that truncated sampling draws from and records.'
+      )
     keys.root_key(self.seed, self.stage)
 
   @property
   def _settings(self) -> loop.Settings:
     rules = tuple((pattern, _hashable(spec)) for pattern, spec in self.cache_rules)
-    return loop.Settings(self.model, self.mesh, rules, self.max_new_tokens, tuple(map(int, self.eos_ids)))
+    return loop.Settings(self.model, self.mesh, rules, self.max_new_tokens, tuple(map(int, self.eos_ids)), self.kept)
 
   def cache_shardings(self, num_prompts: int, prompt_length: int) -> dict | None:
     """{'prompt': tree, 'rows': tree} of NamedShardings, of caches as large as `generate` makes at most."""
@@ -147,6 +154,9 @@ class Engine:
     """The state's results in the order of the tasks; empty rows for padding."""
     T = self.max_new_tokens
     tokens, logp, length = np.zeros((Q, T), np.int32), np.zeros((Q, T), np.float32), np.zeros(Q, np.int32)
+    kept = None
+    if self.kept:
+      kept = Kept(np.full((Q, T, self.kept), -1, np.int32), np.zeros((Q, T), np.float32), np.zeros((Q, T), np.int32))
     if state is not None:
       real = dealt >= 0
       found = sharding.to_host((state.tokens, state.logp, state.length))
@@ -155,9 +165,12 @@ class Engine:
             'the model gives no finite logit, so nothing can be sampled from it: its parameters are NaN or infinite; '
             'go back to a checkpoint before the training diverged'
         )
-      for out, values in zip((tokens, logp, length), found):
+      outs = (tokens, logp, length)
+      if kept is not None:
+        outs, found = (*outs, kept.ids, kept.logp, kept.count), (*found, *sharding.to_host(state.kept))
+      for out, values in zip(outs, found, strict=True):
         out[dealt[real]] = values[real]
-    return Rollouts(tokens=tokens, logp=logp, token_mask=np.arange(T)[None, :] < length[:, None])
+    return Rollouts(tokens=tokens, logp=logp, token_mask=np.arange(T)[None, :] < length[:, None], kept=kept)
 
 
 def _hashable(spec):

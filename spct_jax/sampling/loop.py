@@ -41,13 +41,17 @@ from spct_jax.sampling import decoding, keys, shared
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """What is compiled in; hashable. `eos_ids` may be empty; `cache_rules` are unused without a mesh."""
+  """What is compiled in; hashable. `eos_ids` may be empty; `cache_rules` are unused without a mesh.
+
+  `kept` is the cap C of the recorded sets (`decoding.sample_kept`); 0 = none are recorded.
+  """
 
   model: Transformer
   mesh: jax.sharding.Mesh | None
   cache_rules: tuple
   max_new_tokens: int
   eos_ids: tuple[int, ...]
+  kept: int
 
   @property
   def groups(self) -> int:
@@ -113,6 +117,7 @@ class State(NamedTuple):
   tokens: jax.Array  # [G, Q, T]
   logp: jax.Array  # [G, Q, T]
   length: jax.Array  # [G, Q], tokens generated
+  kept: decoding.Kept | tuple[()]  # [G, Q, T, C] and [G, Q, T]; () = not recorded
 
 
 def empty_cache(settings: Settings, name: str, batch: int, length: int) -> dict:
@@ -164,6 +169,9 @@ def start(settings: Settings, sizes: Sizes, params: dict, prompts: Prompts, queu
       tokens=zeros(Q, T),
       logp=zeros(Q, T).astype(jnp.float32),
       length=zeros(Q),
+      kept=decoding.Kept(
+          ids=zeros(Q, T, settings.kept) - 1, logp=zeros(Q, T).astype(jnp.float32), count=zeros(Q, T)
+      ) if settings.kept else (),
   )
 
 
@@ -258,14 +266,19 @@ def _step(
   logits, ring = _logits(settings, sizes, weights, prompts, t, state)
 
   flat = lambda values: _of(values, state.task).reshape(-1)
-  token, logp = decoding.sample(
+  given = (
       logits, keys.uniform(flat(task_keys), t.reshape(-1)), flat(queue.temperature), flat(queue.top_p),
       flat(queue.top_k), flat(queue.min_p),
   )
+  if settings.kept:
+    token, logp, kept = decoding.sample_kept(*given, settings.kept)
+  else:
+    (token, logp), kept = decoding.sample(*given), ()
   token, logp = token.reshape(t.shape), logp.reshape(t.shape)
 
   # A row without a task has an index behind the end, so its writes are dropped.
   store = jax.vmap(lambda out, task, t, value: out.at[task, t].set(value, mode='drop'))
+  record = lambda out, value: _by_rows(settings, store(out, state.task, t, value.reshape(*t.shape, *value.shape[1:])))
   count = jax.vmap(lambda out, task, value: out.at[task].set(value, mode='drop'))
   ends = t + 1 >= _of(queue.limit, state.task)
   for eos in settings.eos_ids:
@@ -281,6 +294,7 @@ def _step(
       tokens=_by_rows(settings, store(state.tokens, state.task, t, token)),
       logp=_by_rows(settings, store(state.logp, state.task, t, logp)),
       length=_by_rows(settings, count(state.length, state.task, t + 1)),
+      kept=jax.tree.map(record, state.kept, kept),
   )
   return _admit(sizes, prompts, state)
 

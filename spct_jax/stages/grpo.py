@@ -11,9 +11,9 @@ same orders and uniforms, so that two points of the curve differ by the policy a
 training, so that an item is one prompt; what a slot favours averages out over the items.
 
 Departures, each a field: pi_old is the sampler's by default (`old_logp`); a group without signal gives zero
-advantages and is counted (`no_signal`); where sampling truncates, log-probabilities are of the full vocabulary, or
-over the kept tokens that the sampler drew from (`replay_kept`: `train.objectives`, 2); a step's prompts may be of one bucket (`group_by_length`), so that its
-rewards and slots are of items of that length.
+advantages and is counted (`no_signal`); where sampling truncates, log-probabilities are over the tokens that were
+kept (`replay_kept`; `train.objectives`, 2) or, as it is off, over the full vocabulary; a step's prompts may be of one
+bucket (`group_by_length`), so that its rewards and slots are of items of that length.
 """
 
 import time
@@ -63,6 +63,11 @@ def run(config: Any, workdir: Workdir, mesh: Any, generate: Any = None) -> None:
     return processes.say('grpo: done before')
   if fields.drop_too_easy:
     sample.require(config, workdir, 'grpo')
+  if checks.truncates(fields) and not fields.replay_kept:
+    processes.say(
+        'grpo: sampling is truncated (top_p, top_k or min_p) and the learner takes the full vocabulary, so importance '
+        'ratios are biased; grpo.replay_kept=64 takes both over the tokens that were kept'
+    )
   tok = loading.tokenizer(config)
   decoder = loading.model(config, tok, name=fields.init)
   trained = loading.learner(config, 'grpo', decoder)

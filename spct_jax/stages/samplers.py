@@ -21,7 +21,7 @@ from spct_jax.train import lora
 def engine(
     config: Any, decoder: Transformer | lora.Adapted, tok: tokenizers.Tokenizer, mesh: Any, stage: str
 ) -> Engine:
-  """The sampler of a stage; its randomness is keyed by the stage's name. Of GRPO's rollouts it records what is replayed."""
+  """The sampler of a stage; its randomness is keyed by the stage's name. GRPO's records what will be replayed."""
   dtype = config.model.sampler_dtype
   return Engine(
       Transformer(dataclasses.replace(decoder.config, dtype=dtype, param_dtype=dtype, remat=False)),

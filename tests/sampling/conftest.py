@@ -59,10 +59,12 @@ def truncated(logits, temperature, top_p, top_k, min_p):
   return weight / weight.sum()
 
 
-def make_engine(model, rows: int, T: int = 6, eos_ids=EOS, mesh=None, seed: int = 0, stage: str = 'sample') -> Engine:
+def make_engine(
+    model, rows: int, T: int = 6, eos_ids=EOS, mesh=None, seed: int = 0, stage: str = 'sample', kept: int = 0
+) -> Engine:
   return Engine(
       model=model, mesh=mesh, cache_rules=tiny.RULES, rows=rows, max_new_tokens=T, eos_ids=eos_ids, seed=seed,
-      stage=stage,
+      stage=stage, kept=kept,
   )
 
 

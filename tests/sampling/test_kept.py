@@ -1,4 +1,4 @@
-"""What truncated sampling drew from, as recorded: against a sort in numpy, with ties and caps, and by the engine."""
+"""What truncated sampling drew from, as recorded: against a sort in numpy, with ties and caps."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from spct_jax.sampling import decoding
-from spct_jax.testing import tiny
 
 SETTINGS = {  # temperature, top_p, top_k, min_p
     'none': (1.0, 1.0, 0, 0.0),
@@ -29,14 +28,6 @@ def arrays(settings):
   return real(temperature), real(top_p), jnp.asarray(top_k, jnp.int32), real(min_p)
 
 
-def kept_oracle(oracle, logits, setting, cap):
-  """(ids of the likeliest `cap` of what truncation keeps, the lowest ids on ties; how many it keeps; p among them)."""
-  p = oracle(logits, *setting)
-  order = [v for v in np.lexsort((np.arange(len(p)), -logits.astype(np.float64))) if p[v] > 0]
-  ids = order[:cap]
-  return ids, len(order), {v: p[v] / p[ids].sum() for v in ids}
-
-
 def batch(vocabulary):
   """Rows of every setting; the logits of half of them come in steps of a half, zeros of both signs among them."""
   settings = list(SETTINGS.values()) * REPEATS
@@ -51,14 +42,14 @@ def batch(vocabulary):
 # Seen to fail when the cap is cut at its value alone (ties stay), when -0.0 ranks below 0.0, when the drawn weights
 # are not those of the cap, when `count` is taken behind it, and when `logp` is of the tokens before it.
 @pytest.mark.parametrize('vocabulary, cap', [(11, 11), (300, 4), (1031, 40)])
-def test_kept_tokens_equal_the_sorted_oracle(oracle, vocabulary, cap):
+def test_kept_tokens_equal_the_sorted_oracle(kept_oracle, vocabulary, cap):
   settings, logits, uniform = batch(vocabulary)
   token, logp, kept = sample_kept(jnp.asarray(logits), jnp.asarray(uniform), *arrays(settings), cap)
   plain_token, plain_logp = sample(jnp.asarray(logits), jnp.asarray(uniform), *arrays(settings))
   assert kept.ids.shape == (len(settings), cap)
   cut = 0
   for row, setting in enumerate(settings):
-    ids, count, p = kept_oracle(oracle, logits[row], setting, cap)
+    ids, count, p = kept_oracle(logits[row], setting, cap)
     assert kept.ids[row].tolist() == ids + [-1] * (cap - len(ids))
     assert kept.count[row] == count
     one = int(token[row])
@@ -71,14 +62,14 @@ def test_kept_tokens_equal_the_sorted_oracle(oracle, vocabulary, cap):
 
 
 # Seen to fail when the cap leaves the draw alone.
-def test_a_capped_draw_inverts_the_distribution_of_what_is_recorded(oracle):
+def test_a_capped_draw_inverts_the_distribution_of_what_is_recorded(kept_oracle):
   """A grid of uniforms hits each recorded token as often as its share of the grid, and no other token."""
   size, cap, setting = 20000, 5, (1.2, 0.9, 0, 0.0)
   logits = np.round(np.random.default_rng(3).normal(size=(1, 600)).astype(np.float32) * 4) / 4
   rows = jnp.asarray(np.tile(logits, (size, 1)))
   grid = jnp.asarray((np.arange(size) + 0.5) / size, jnp.float32)
   token, _, kept = sample_kept(rows, grid, *arrays([setting] * size), cap)
-  ids, count, p = kept_oracle(oracle, logits[0], setting, cap)
+  ids, count, p = kept_oracle(logits[0], setting, cap)
   assert count > 4 * cap and len({v for v in p.values()}) < cap  # far over the cap, whose border is inside a tie
   counts = np.bincount(np.asarray(token), minlength=600)
   want = np.zeros(600)
@@ -107,47 +98,3 @@ def test_the_set_is_what_can_be_drawn_whatever_the_logits_are():
   assert kept.count.tolist() == [2, 1, 4, 2, 1]
   assert all(one in ids for one, ids in zip(token.tolist(), kept.ids.tolist()))
   np.testing.assert_allclose(kept.logp[2], -np.log(3), rtol=1e-6)  # a row of -inf is uniform, over the cap
-
-
-def test_more_than_the_vocabulary_is_refused(rig):
-  for wrong in (-1, 62):
-    with pytest.raises(ValueError, match=f'kept: got {wrong}; allowed: 0 .off. to 61, the vocabulary'):
-      rig.engine(rig.model, rows=2, kept=wrong)
-
-
-MIXED = ((0.8, 0.9, 0, 0.0), (1.0, 1.0, 5, 0.0), (1.0, 1.0, 0, 0.2), (0.0, 1.0, 0, 0.0), (1.0, 0.99, 0, 0.0))
-
-
-def check_engine(rig, got, tasks, oracle, cap):
-  """The record of each generated token against the uncached model's logits; returns how many steps the cap cut."""
-  logits = rig.learner_logits(got, rig.prompts, tasks)
-  cut = 0
-  for q, t in zip(*np.nonzero(got.token_mask)):
-    setting = MIXED[q % len(MIXED)]
-    ids, token = got.kept.ids[q, t], got.tokens[q, t]
-    if setting[0] == 0:
-      assert ids.tolist() == [token] + [-1] * (cap - 1) and got.kept.logp[q, t] == 0
-      continue
-    want, count, p = kept_oracle(oracle, logits[q, t], setting, cap)
-    assert ids.tolist() == want + [-1] * (cap - len(want)) and got.kept.count[q, t] == count
-    np.testing.assert_allclose(got.kept.logp[q, t], np.log(p[token]), atol=1e-5)
-    cut += count > cap
-  rest = ~got.token_mask
-  assert (got.kept.ids[rest] == -1).all() and not got.kept.logp[rest].any() and not got.kept.count[rest].any()
-  return cut
-
-
-# Seen to fail when a row's record goes to the task above it, and when it is stored one step late.
-def test_the_engine_records_the_sets_of_refilled_rows(rig, oracle):
-  """Twenty tasks on three rows; the settings, greedy among them, change from task to task."""
-  tasks = rig.make_tasks(np.arange(20) % 5, np.arange(20) // 5, MIXED)
-  tasks.row_mask[7] = False
-  got = rig.engine(rig.model, rows=3, kept=8).generate(rig.params, rig.prompts, tasks)
-  assert got.kept.ids.shape == (20, 6, 8) and not got.token_mask[7].any()
-  assert check_engine(rig, got, tasks, oracle, cap=8) > 3
-  plain = rig.engine(rig.model, rows=3).generate(rig.params, rig.prompts, tasks)
-  assert plain.kept is None
-  uncut = (got.kept.count <= 8).all(axis=1)
-  assert uncut[got.token_mask.any(axis=1)].sum() > 3
-  np.testing.assert_array_equal(got.tokens[uncut], plain.tokens[uncut])
-  np.testing.assert_allclose(got.logp[uncut], plain.logp[uncut], atol=1e-5)

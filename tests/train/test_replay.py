@@ -2,8 +2,8 @@
 
 The world is a table: `logits[t] = table[tokens[t]]`, one categorical distribution for each last token, so that every
 expectation is a sum. Tokens are drawn by `decoding.sample_kept` on a grid of uniforms, so that a mean over the draws
-is the expectation up to the step of the grid. Without replay (ratios of full-vocabulary log-probabilities) the mean of
-ratio x f is off by a factor of 0.75 to 1.19, and the mean of k3 by 0.05 to 0.11 at a divergence of 0.2 to 0.3.
+is the expectation up to the step of the grid: within 0.3 % with replay. Without (full-vocabulary log-probabilities)
+the mean of ratio x f is 0.74 to 1.07 times what it should be, and that of k3 up to 0.38 too high, at a KL of 0.06.
 """
 
 import dataclasses
@@ -42,7 +42,7 @@ class Table:
 def tables(seed, spread=0.7):
   """Old, new and reference table."""
   rng = np.random.default_rng(seed)
-  old = rng.normal(size=(V, V)) * 1.5
+  old = rng.normal(size=(V, V))
   return tuple((old + rng.normal(size=(V, V)) * noise).astype(np.float32) for noise in (0.0, spread, spread))
 
 
@@ -100,20 +100,20 @@ def test_importance_ratios_over_the_kept_tokens_are_unbiased(scores, draw, name)
     assert 2 <= len(ids) <= CAP and (name != 'capped' or len(ids) == CAP)
     exact = softmax(new[context], ids) @ f
     ratio = np.exp(np.asarray(scores['replay'](new, batch)) - batch['sampler_logp'][:, 0])
-    np.testing.assert_allclose((ratio * f[token]).mean(), exact, rtol=5e-3)
-    np.testing.assert_allclose(ratio.mean(), 1, rtol=5e-3)
+    np.testing.assert_allclose((ratio * f[token]).mean(), exact, rtol=3e-3)
+    np.testing.assert_allclose(ratio.mean(), 1, rtol=3e-3)
     biased = np.exp(np.asarray(scores['full'](new, batch)) - logp)
     factors.append(softmax(new[context])[ids].sum() / softmax(old[context])[ids].sum())
-    np.testing.assert_allclose((biased * f[token]).mean(), exact * factors[-1], rtol=5e-3)
+    np.testing.assert_allclose((biased * f[token]).mean(), exact * factors[-1], rtol=3e-3)
   assert max(abs(np.array(factors) - 1)) > 0.02  # so that either test above fails on the other's ratios
 
 
 # Seen to fail when either side is over the full vocabulary.
 @pytest.mark.parametrize('name', ['top_p', 'capped'])
 def test_the_kl_is_that_of_the_distributions_that_are_sampled(scores, draw, name):
-  policy, _, reference = tables(3)
+  policy, _, reference = tables(3, spread=1.5)
   off = []
-  for context in range(4):
+  for context in range(8):
     batch, _, _, ids = draw(policy, context, TRUNCATIONS[name])
     p, r = softmax(policy[context], ids)[ids], softmax(reference[context], ids)[ids]
     exact = (p * np.log(p / r)).sum()
@@ -121,11 +121,11 @@ def test_the_kl_is_that_of_the_distributions_that_are_sampled(scores, draw, name
     for kind, score in scores.items():
       x = np.asarray(score(reference, batch), np.float64) - np.asarray(score(policy, batch))
       k3[kind] = (np.exp(x) - x - 1).mean()
-    np.testing.assert_allclose(k3['replay'], exact, rtol=1e-2, atol=1e-4)
+    np.testing.assert_allclose(k3['replay'], exact, rtol=2e-3, atol=3e-4)
     rho = softmax(reference[context])[ids].sum() / softmax(policy[context])[ids].sum()
-    np.testing.assert_allclose(k3['full'], exact + rho - 1 - np.log(rho), rtol=1e-2, atol=1e-4)
+    np.testing.assert_allclose(k3['full'], exact + rho - 1 - np.log(rho), rtol=2e-3, atol=3e-4)
     off.append(k3['full'] - exact)
-  assert max(off) > (0.01 if name == 'top_p' else 0.001)
+  assert max(off) > 0.02
 
 
 def random_rows(seed):
@@ -182,7 +182,12 @@ def test_the_gradient_is_exact(chunk):
   assert 0 < clipped < mask.sum()
 
   objective = objectives.grpo_objective(Table(), clip, beta, TEMPERATURE, chunk=chunk, replay=True)
-  grad = jax.jit(jax.value_and_grad(lambda table: (lambda total, *rest: (total, rest))(*objective(table, batch)), has_aux=True))
+
+  def split(table):
+    total, *rest = objective(table, batch)
+    return total, rest
+
+  grad = jax.jit(jax.value_and_grad(split, has_aux=True))
   (got, (count, aux)), gradient = grad(jnp.asarray(table))
   np.testing.assert_allclose(got, total, rtol=1e-5)
   np.testing.assert_allclose(gradient, expected, atol=2e-6)
@@ -224,7 +229,7 @@ def test_masked_rows_and_positions_without_a_set_have_finite_zero_gradients():
   batch['kept_ids'][:] = -1
   batch |= {name: np.full((6, 12), np.nan, np.float32) for name in ('old_logp', 'ref_logp', 'sampler_logp')}
   objective = objectives.grpo_objective(Table(), 0.2, 0.3, TEMPERATURE, replay=True)
-  total, gradient = jax.value_and_grad(lambda table: objective(table, batch)[0])(jnp.asarray(tables(6)[1]))
+  total, gradient = jax.jit(jax.value_and_grad(lambda table: objective(table, batch)[0]))(jnp.asarray(tables(6)[1]))
   assert total == 0 and not np.asarray(gradient).any()
 
 

@@ -32,7 +32,7 @@ def engine(
       eos_ids=tok.eos_ids,
       seed=config.seed,
       stage=stage,
-      kept=config.grpo.replay_kept if stage == 'grpo' else 0,
+      kept=min(config.grpo.replay_kept, decoder.config.vocab_size) if stage == 'grpo' else 0,
   )
 
 

@@ -199,7 +199,6 @@ def test_the_gradient_is_exact(chunk):
 
 
 # Eight devices, the vocabulary over two of them: the ids are of the whole one.
-# Seen to fail when the ids are taken to be those of a device's own part.
 def test_a_split_vocabulary_gives_the_same_scores():
   model = tiny.small_model()
   params = jax.jit(model.init)(jax.random.key(1))

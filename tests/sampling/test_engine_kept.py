@@ -69,7 +69,7 @@ def learner_batch(prompts, tasks, got, cap):
 
 
 # Seen to fail when the sampler records `logp` over the tokens before the cap, and when the learner scores the full
-# vocabulary (ratios of 0.9 and less), or without the temperature.
+# vocabulary, or without the temperature.
 @pytest.mark.parametrize('family', ['rig', 'latent'])
 def test_the_ratio_of_sampler_and_learner_is_one_on_policy(request, family):
   """The engine's record under top-p 0.9 and a cap, and the learner's own pass over it, with the same parameters."""

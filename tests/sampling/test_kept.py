@@ -29,11 +29,11 @@ def arrays(settings):
 
 
 def batch(vocabulary):
-  """Rows of every setting; the logits of half of them come in steps of a half, zeros of both signs among them."""
+  """Rows of every setting; the logits of half of them are whole numbers, zeros of both signs among them."""
   settings = list(SETTINGS.values()) * REPEATS
   rng = np.random.default_rng(vocabulary)
   logits = (rng.normal(size=(len(settings), vocabulary)) * 2).astype(np.float32)
-  tied = np.round(logits * 2) / 2
+  tied = np.round(logits)
   tied = np.where(tied == 0, rng.choice(np.float32([0.0, -0.0]), logits.shape), tied)
   logits = np.where(np.arange(len(settings))[:, None] % 2, tied, logits)
   return settings, logits, rng.random(len(settings)).astype(np.float32)

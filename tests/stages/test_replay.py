@@ -1,4 +1,4 @@
-"""GRPO with a truncated sampler and replay: its own engine, two devices, the small trained base of the practice world."""
+"""GRPO with a truncated sampler and replay: its own engine, two devices, the small base of the practice world."""
 
 import json
 import pathlib
@@ -32,7 +32,7 @@ def train(config, path):
   return [json.loads(line) for line in (path / 'metrics.jsonl').read_text().splitlines()]
 
 
-# Seen to fail when the batch gets the sampler's full log-probabilities (a ratio of 0.95), when the learner's
+# Seen to fail when the batch gets the sampler's full log-probabilities, when the learner's
 # log-probabilities are over the full vocabulary, and when the cap cuts at every step (`kept_capped` of 1).
 def test_grpo_replays_what_its_sampler_drew_from(page, tmp_path, capsys):
   rows = train(page, tmp_path / 'w')

@@ -92,7 +92,7 @@ def draw():
 # ignores the cap ('capped').
 @pytest.mark.parametrize('name', TRUNCATIONS)
 def test_importance_ratios_over_the_kept_tokens_are_unbiased(scores, draw, name):
-  """E over the sampler of ratio x f is the expectation of f under the new policy on that set; without replay it is not."""
+  """E over the sampler of ratio x f is that of f under the new policy on the kept set; without replay it is not."""
   f = np.random.default_rng(1).normal(size=V) + 1
   (old, new, _), factors = tables(2), []
   for context in range(4):
@@ -108,7 +108,7 @@ def test_importance_ratios_over_the_kept_tokens_are_unbiased(scores, draw, name)
   assert max(abs(np.array(factors) - 1)) > 0.02  # so that either test above fails on the other's ratios
 
 
-# Seen to fail when either side is over the full vocabulary.
+# Seen to fail when `kept_scores` is over the full vocabulary.
 @pytest.mark.parametrize('name', ['top_p', 'capped'])
 def test_the_kl_is_that_of_the_distributions_that_are_sampled(scores, draw, name):
   policy, _, reference = tables(3, spread=1.5)
@@ -250,7 +250,7 @@ def test_what_was_not_recorded_cannot_be_replayed():
   row = batches.from_trajectory(one)
   assert row.kept == kept and batches.from_trajectory(one, (1, 2)).kept is None
   pad = lambda row, width: batches.pad([row], num_rows=1, buckets=(6,), pad_id=0, columns={}, replay_kept=width)
-  with pytest.raises(ValueError, match='u sample 0 visit 0: 3 kept tokens at a step, more than the 2 that are replayed'):
+  with pytest.raises(ValueError, match='u sample 0 visit 0: 3 kept tokens at a step, more than the 2 that are'):
     pad(row, 2)
   bare = batches.from_trajectory(dataclasses.replace(one, kept=None))
   with pytest.raises(ValueError, match='was not recorded, so it cannot be replayed; sample with an engine'):

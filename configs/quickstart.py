@@ -159,6 +159,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.grpo.top_p = 1.0
   config.grpo.top_k = 0
   config.grpo.min_p = 0.0
+  config.grpo.replay_kept = 0  # tokens a truncated step draws from at most; log-probabilities are over them; 0 = off
 
   config.meta_rm = pages.training(steps=4 if smoke else 400, batch=8 if smoke else 64, parts=parts(64), lr=2e-3, every=2 if smoke else 200)
   config.meta_rm.schedule = 'cosine'

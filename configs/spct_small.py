@@ -141,6 +141,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.grpo.top_p = 1.0
   config.grpo.top_k = 0
   config.grpo.min_p = 0.0
+  config.grpo.replay_kept = 0  # tokens a truncated step draws from at most; log-probabilities are over them; 0 = off
 
   config.meta_rm = pages.training(steps=(2 if long else 4) if smoke else 60, batch=8, parts=1, lr=5e-4, every=2 if smoke else 20)
   config.meta_rm.init = 'base'  # the backbone; the scalar head is new, unless this is a reward model

@@ -2,7 +2,8 @@
 
 A row carries its type and version, `{"schema": "trajectory/1", ...}`; a reader that meets another
 type or version says so. Everything comes back exactly as it was; a log-probability or a grade that
-is not finite is an error when it is written, and again when it is read.
+is not finite is an error when it is written, and again when it is read. `kept` of a trajectory is
+there only where the sampler recorded it.
 
 `uid_hash` is the stable 64-bit name of an example's uid, by BLAKE2b: Python's own `hash` differs
 from one process to the next.
@@ -31,7 +32,7 @@ from spct_jax.jsonl import (
   write_jsonl,
   write_text,
 )
-from spct_jax.types import Example, Message, Trajectory
+from spct_jax.types import Example, Kept, Message, Trajectory
 
 __all__ = [
   'ChunkedWriter',
@@ -70,13 +71,18 @@ def to_row(record: Trajectory | Example) -> dict:
   if type(record) not in SCHEMAS:
     known = ', '.join(kind.__name__ for kind in SCHEMAS)
     raise ValueError(f'{type(record).__name__} has no schema; records are {known}')
-  if isinstance(record, Trajectory) and not all(math.isfinite(value) for value in record.logp):
-    raise ValueError(
-      f'trajectory {record.uid!r}, sample {record.sample}: logp has a value that is not finite'
-    )
+  if isinstance(record, Trajectory):
+    logp = record.logp if record.kept is None else (*record.logp, *record.kept.logp)
+    if not all(math.isfinite(value) for value in logp):
+      raise ValueError(
+        f'trajectory {record.uid!r}, sample {record.sample}: logp has a value that is not finite'
+      )
   if isinstance(record, Example) and not all(map(jsonl.is_finite, record.grades or ())):
     raise ValueError(f'example {record.uid!r}: grades must be finite, got {record.grades}')
-  return {'schema': SCHEMAS[type(record)], **jsonl.plain(record)}
+  row = {'schema': SCHEMAS[type(record)], **jsonl.plain(record)}
+  if isinstance(record, Trajectory) and record.kept is None:
+    del row['kept']
+  return row
 
 
 def _is(kind: type) -> Any:
@@ -93,6 +99,19 @@ def _or_none(check: Any) -> Any:
   return lambda value: value is None or check(value)
 
 
+_KEPT = {
+  'ids': _list_of(_list_of(_is(int))),
+  'logp': _list_of(jsonl.is_finite),
+  'count': _list_of(_is(int)),
+}
+
+
+def _is_kept(value: Any) -> bool:
+  return isinstance(value, dict) and value.keys() == _KEPT.keys() and all(
+    check(value[name]) for name, check in _KEPT.items()
+  )
+
+
 _TRAJECTORY = {
   'uid': _is(str),
   'sample': _is(int),
@@ -105,6 +124,7 @@ _TRAJECTORY = {
   'text': _is(str),
   'scores': _or_none(_list_of(_is(int))),
   'parse': _is(str),
+  'kept': _or_none(_is_kept),
 }
 _EXAMPLE = {
   'uid': _is(str),
@@ -142,9 +162,12 @@ def _tuple(value: list | None) -> tuple | None:
 
 def trajectory_from_row(row: dict, where: str = 'row') -> Trajectory:
   """The record of a row made by `to_row`; `where` opens the message of an error."""
-  fields = _fields(row, where, SCHEMAS[Trajectory], _TRAJECTORY)
+  fields = _fields({'kept': None, **row}, where, SCHEMAS[Trajectory], _TRAJECTORY)
   lists = ('order', 'prompt_ids', 'token_ids', 'logp', 'scores')
-  return Trajectory(**{**fields, **{name: _tuple(fields[name]) for name in lists}})
+  kept = fields['kept']
+  if kept is not None:
+    kept = Kept(tuple(map(tuple, kept['ids'])), tuple(kept['logp']), tuple(kept['count']))
+  return Trajectory(**{**fields, **{name: _tuple(fields[name]) for name in lists}, 'kept': kept})
 
 
 def example_from_row(row: dict, where: str = 'row') -> Example:

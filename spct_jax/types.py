@@ -136,6 +136,20 @@ class TaskInfo:
 
 
 @dataclasses.dataclass(frozen=True)
+class Kept:
+  """What each token was drawn from, where a sampler recorded it (`sampling.decoding`, `sample_kept`).
+
+  In Rollouts arrays: ids int32[Q, T, C], the likeliest first, -1 behind the last; logp float32[Q, T] of the drawn
+  token among them, at the sampling temperature; count int32[Q, T] that truncation kept, more than C where the cap cut.
+  In a Trajectory tuples with an entry for each token, `ids` without padding.
+  """
+
+  ids: np.ndarray | tuple[tuple[int, ...], ...]
+  logp: np.ndarray | tuple[float, ...]
+  count: np.ndarray | tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class Rollouts:
   """Generated tokens, in the order of the tasks. tokens int32[Q, T], logp float32[Q, T], token_mask bool[Q, T].
 
@@ -149,6 +163,7 @@ class Rollouts:
   token_mask: np.ndarray
   ended: np.ndarray
   withdrawn: np.ndarray | None = None
+  kept: Kept | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,6 +185,7 @@ class Trajectory:
   text: str
   scores: tuple[int, ...] | None
   parse: str
+  kept: Kept | None = None
 
 
 @dataclasses.dataclass(frozen=True)

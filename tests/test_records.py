@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from spct_jax import records
-from spct_jax.types import Example, Message, Trajectory
+from spct_jax.types import Example, Kept, Message, Trajectory
 
 TRAJECTORY = Trajectory(
   uid='a.jsonl:3',
@@ -57,6 +57,21 @@ def test_records_come_back_as_they_were(tmp_path, name):
   assert list(records.read_examples(path)) == [EXAMPLE]
   assert (path.read_bytes()[:2] == b'\x1f\x8b') == (path.suffix != '.jsonl')
   assert [entry.name for entry in path.parent.iterdir()] == [name]  # no temporary file is left
+
+
+# Seen to fail: `kept` read as lists, and written as null where nothing was recorded.
+def test_kept_tokens_are_an_optional_field(tmp_path):
+  kept = Kept(ids=((8, 3), (2,)), logp=(-0.25, 0.0), count=(5, 1))
+  path, recorded = tmp_path / 'f.jsonl', dataclasses.replace(TRAJECTORY, kept=kept)
+  records.write_jsonl(path, map(records.to_row, (TRAJECTORY, recorded)))
+  assert list(records.read_trajectories(path)) == [TRAJECTORY, recorded]
+  bare, row = records.read_jsonl(path)
+  assert 'kept' not in bare and row['kept'] == {'ids': [[8, 3], [2]], 'logp': [-0.25, 0.0], 'count': [5, 1]}
+  for wrong in ({**row['kept'], 'ids': [8, 3]}, {'ids': [[8, 3], [2]]}, [[8, 3], [2]]):
+    with pytest.raises(ValueError, match="row: field 'kept' of 'trajectory/1' has the wrong type"):
+      records.trajectory_from_row({**row, 'kept': wrong})
+  with pytest.raises(ValueError, match='sample 1: logp has a value that is not finite'):
+    records.to_row(dataclasses.replace(recorded, kept=dataclasses.replace(kept, logp=(float('nan'), 0.0))))
 
 
 def test_equal_rows_give_equal_compressed_bytes(tmp_path):

@@ -467,9 +467,23 @@ def read(
             text=text,
             scores=parsed.scores,
             parse=parsed.kind,
+            kept=_kept(rollouts.kept, row, length),
         )
     )
   return out
+
+
+def _kept(recorded: types.Kept | None, row: int, length: int) -> types.Kept | None:
+  """What a task's tokens were drawn from, without padding."""
+  if recorded is None:
+    return None
+  ids, count = recorded.ids[row, :length], recorded.count[row, :length].tolist()
+  # Many steps keep few tokens: a slice of what is there, not a search through the padding.
+  return types.Kept(
+      ids=tuple(tuple(line[: min(number, len(line))].tolist()) for line, number in zip(ids, count)),
+      logp=tuple(recorded.logp[row, :length].tolist()),
+      count=tuple(count),
+  )
 
 
 def judgments(

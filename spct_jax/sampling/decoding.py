@@ -23,13 +23,34 @@ renormalised survivors of those before it. Every setting is an array with one en
    distribution among them (token by token, which is not its distribution among the whole texts that are allowed).
    `logp` stays that of the full vocabulary, at least the lowest float; where the model gives no allowed token a
    finite logit, the draw among them is uniform. A row must be allowed a token.
+
+`sample_kept` also tells what the token was drawn from, so that a learner can form importance ratios over that
+very set: ratios of full-vocabulary probabilities are biased, because the sampler never draws from those.
+
+7. The set is what the draw can give: the tokens left with a positive weight. At most `cap` of them stay: where
+   truncation leaves more, the likeliest do (the lowest ids on ties), as one more top_k behind min_p. So the set
+   that is recorded is always the set that was drawn from, and `count`, the number before the cap, says where it
+   cut. Where it did not, the token is the one that `sample` draws.
+8. A greedy token was drawn from itself alone.
+9. The ids come from `lax.top_k`: on a CPU it takes half the time of a compaction by running sums, and it orders
+   them, so that the cap needs no search of its own.
 """
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 _BLOCK = 256  # tokens in a block of the two-level draw: about the square root of a vocabulary
+
+
+class Kept(NamedTuple):
+  """What a token was drawn from: C ids, the likeliest first, -1 behind the last; the drawn one is among them."""
+
+  ids: Int[Array, 'R C']
+  logp: Float[Array, ' R']  # of the token among them, at the sampling temperature: what the draw gave it
+  count: Int[Array, ' R']  # that truncation kept; more than C where the cap cut
 
 
 def sample(
@@ -42,6 +63,24 @@ def sample(
     allowed: Bool[Array, 'R V'] | None = None,
 ) -> tuple[Int[Array, ' R'], Float[Array, ' R']]:
   """Draws one token a row; `uniform` is in [0, 1). Off: top_p = 1, top_k = 0, min_p = 0."""
+  return _sample(logits, uniform, temperature, top_p, top_k, min_p, allowed, cap=0)[:2]
+
+
+def sample_kept(
+    logits: Float[Array, 'R V'],
+    uniform: Float[Array, ' R'],
+    temperature: Float[Array, ' R'],
+    top_p: Float[Array, ' R'],
+    top_k: Int[Array, ' R'],
+    min_p: Float[Array, ' R'],
+    cap: int,
+    allowed: Bool[Array, 'R V'] | None = None,
+) -> tuple[Int[Array, ' R'], Float[Array, ' R'], Kept]:
+  """`sample` from at most `cap` tokens (1 to V, static), and which ones; a row that truncates nothing is cut too."""
+  return _sample(logits, uniform, temperature, top_p, top_k, min_p, allowed, cap)
+
+
+def _sample(logits, uniform, temperature, top_p, top_k, min_p, allowed, cap):
   raw = logits.astype(jnp.float32)
   logits = jnp.minimum(jnp.where(jnp.isnan(raw), -jnp.inf, raw), jnp.finfo(jnp.float32).max)
   top_R1 = logits.max(axis=1, keepdims=True)
@@ -60,12 +99,43 @@ def sample(
     return jnp.where(truncate(open_logits, open_weight, top_p, top_k, min_p), open_weight, 0.0)
 
   kept = jax.lax.cond(((top_p < 1) | (top_k > 0) | (min_p > 0)).any(), truncated, lambda: open_weight)
+  if cap:
+    kept, ids, count = _cap(open_logits, kept, cap)
   drawn = _draw(kept, uniform)
   token = jnp.where(greedy_R1[:, 0], _likeliest(open_logits), drawn).astype(jnp.int32)
-  logp = jnp.take_along_axis(scaled, token[:, None], axis=1)[:, 0] - jnp.log(weight.sum(axis=1))
+  chosen = jnp.take_along_axis(scaled, token[:, None], axis=1)[:, 0]
+  logp = chosen - jnp.log(weight.sum(axis=1))
   if allowed is not None:
     logp = jnp.maximum(logp, jnp.finfo(jnp.float32).min)
-  return token, jnp.where(broken, jnp.nan, logp)
+  logp = jnp.where(broken, jnp.nan, logp)
+  if not cap:
+    return token, logp, None
+  if allowed is not None:  # whose weights count from a maximum of their own
+    chosen = jnp.log(jnp.take_along_axis(kept, token[:, None], axis=1)[:, 0])
+  alone = jnp.where(jnp.arange(cap)[None, :] == 0, token[:, None], -1)
+  return token, logp, Kept(
+      ids=jnp.where(greedy_R1, alone, ids),
+      logp=jnp.where(greedy_R1[:, 0], 0.0, chosen - jnp.log(kept.sum(axis=1))),
+      count=jnp.where(greedy_R1[:, 0], 1, count),
+  )
+
+
+def _cap(logits, weight, cap):
+  """-> the weights without those behind the `cap` likeliest, the ids of the others, how many were positive."""
+  positive, least = weight > 0, jnp.finfo(jnp.float32).min
+  # top_k puts 0.0 above -0.0, which are one logit; and a token without weight comes behind one of -inf.
+  logit = jnp.where(logits == 0, 0.0, jnp.maximum(logits, least))
+  best, ids = jax.lax.top_k(jnp.where(positive, logit, -jnp.inf), cap)
+  count = positive.sum(axis=1)
+
+  def cut():
+    last, place = best[:, -1:], ids[:, -1:]
+    inside = (logit > last) | ((logit == last) & (jnp.arange(logit.shape[1])[None, :] <= place))
+    return jnp.where(inside, weight, 0.0)
+
+  weight = jax.lax.cond((count > cap).any(), cut, lambda: weight)
+  return weight, jnp.where(best > -jnp.inf, ids, -1), count
+
 
 
 def _only(allowed, logits, scale_R1):

@@ -36,7 +36,7 @@ from spct_jax.models import unrolled
 from spct_jax.models.config import DTYPES
 from spct_jax.models.transformer import Transformer
 from spct_jax.sampling import guides, keys, loop, trunks
-from spct_jax.types import PromptBatch, Rollouts, Tasks
+from spct_jax.types import Kept, PromptBatch, Rollouts, Tasks
 
 _ALL = 2**30  # steps: more than any run takes
 _PREFILL = 1024  # tokens that go through the model at once: enough to fill it, few enough to keep its activations small
@@ -65,6 +65,7 @@ class Engine:
   With `share_trunks` what prompts begin with alike is computed, held and read once, where that is worth it.
   `cache_dtype`: what keys and values are kept in; None is what the model computes in, 'int8' eight bits (`int8`).
   Parameters may be the model's own, or have their layers side by side (`unrolled`), which saves a copy at each call.
+  `kept` > 0 records the tokens that each token was drawn from, and draws from at most so many; 0 = off.
   """
 
   model: Transformer
@@ -77,6 +78,7 @@ class Engine:
   stage: str
   share_trunks: bool = True
   cache_dtype: str | None = None
+  kept: int = 0
 
   def __post_init__(self):
     for name in ('rows', 'max_new_tokens'):
@@ -97,6 +99,11 @@ class Engine:
           f'cache_dtype: got int8 for latent attention, whose cache of {config.latent.rank} + {config.latent.rope} '
           'numbers a token is small already, and whose rotated part one step with the latent would spoil; leave it out'
       )
+    if not 0 <= self.kept <= config.vocab_size:
+      raise ValueError(
+          f'kept: got {self.kept}; allowed: 0 (off) to {config.vocab_size}, the vocabulary. It is the most tokens of a '
+          'step that truncated sampling draws from and records.'
+      )
     keys.root_key(self.seed, self.stage)
 
   @property
@@ -106,7 +113,9 @@ class Engine:
   def _settings_of(self, withdraws: bool) -> loop.Settings:
     rules = tuple((pattern, _hashable(spec)) for pattern, spec in self.cache_rules)
     eos_ids = tuple(map(int, self.eos_ids))
-    return loop.Settings(self.model, self.mesh, rules, self.max_new_tokens, eos_ids, self.cache_dtype, withdraws)
+    return loop.Settings(
+        self.model, self.mesh, rules, self.max_new_tokens, eos_ids, self.cache_dtype, withdraws, self.kept
+    )
 
   def cache_shardings(self, num_prompts: int, prompt_length: int) -> dict | None:
     """{'prompt': tree, 'rows': tree} of NamedShardings, of caches as large as `generate` makes at most.
@@ -227,14 +236,20 @@ class Engine:
     """The state's results in the order of the tasks; empty rows for padding and for what was withdrawn."""
     Q, T = len(tasks.prompt), self.max_new_tokens
     tokens, logp, length = np.zeros((Q, T), np.int32), np.zeros((Q, T), np.float32), np.zeros(Q, np.int32)
+    kept = None
+    if self.kept:
+      kept = Kept(np.full((Q, T, self.kept), -1, np.int32), np.zeros((Q, T), np.float32), np.zeros((Q, T), np.int32))
     if state is not None:
       real = dealt >= 0
       if withdrawn is not None:
         real &= ~withdrawn[dealt]
       found = sharding.to_host((state.tokens, state.logp, state.length))
-      for out, values in zip((tokens, logp, length), found):
+      outs = (tokens, logp, length)
+      if kept is not None:
+        outs, found = (*outs, kept.ids, kept.logp, kept.count), (*found, *sharding.to_host(state.kept))
+      for out, values in zip(outs, found, strict=True):
         out[dealt[real]] = values[real]
-    return dataclasses.replace(self._rows(tasks.guides, tokens, logp, length), withdrawn=withdrawn)
+    return dataclasses.replace(self._rows(tasks.guides, tokens, logp, length), kept=kept, withdrawn=withdrawn)
 
   def _rows(self, given, tokens, logp, length) -> Rollouts:
     """Rollouts of these tasks; `given` are their guides."""

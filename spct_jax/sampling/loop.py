@@ -51,7 +51,7 @@ from spct_jax.sampling import decoding, guides, keys, shared, suffixes
 class Settings:
   """What is compiled in; hashable. `eos_ids` may be empty; `cache_rules` are unused without a mesh.
 
-  `withdraws`: tasks may be withdrawn.
+  `withdraws`: tasks may be withdrawn. `kept`: the cap C of the recorded sets (`decoding.sample_kept`), 0: none are.
   """
 
   model: Transformer
@@ -61,6 +61,7 @@ class Settings:
   eos_ids: tuple[int, ...]
   cache_dtype: str | None = None  # None: the model's
   withdraws: bool = False
+  kept: int = 0
 
   @property
   def groups(self) -> int:
@@ -158,6 +159,7 @@ class State(NamedTuple):
   length: jax.Array  # [G, Q], tokens generated
   trunks: Loaded | None = None
   guided: tuple = ()  # [G, R] for each of the queue's guides, the state that the row's task is in since its first step
+  kept: decoding.Kept | tuple[()] = ()  # [G, Q, T, C] and [G, Q, T]; () = not recorded
 
 
 def empty_cache(settings: Settings, name: str, batch: int, length: int) -> dict:
@@ -231,6 +233,9 @@ def start(settings: Settings, sizes: Sizes, params: dict, prompts: Prompts, queu
       length=zeros(Q),
       trunks=trunks,
       guided=tuple(rows for _ in queue.guides),
+      kept=decoding.Kept(
+          ids=zeros(Q, T, settings.kept) - 1, logp=zeros(Q, T).astype(jnp.float32), count=zeros(Q, T)
+      ) if settings.kept else (),
   )
 
 
@@ -464,15 +469,20 @@ def _step(
     if guide.need is not None:
       ok = guides.allowed(guide, held, flat(queue.limit) - t.reshape(-1))
       allowed = ok if allowed is None else allowed & ok
-  token, logp = decoding.sample(
+  given = (
       logits, keys.uniform(flat(task_keys), t.reshape(-1)), flat(queue.temperature), flat(queue.top_p),
-      flat(queue.top_k), flat(queue.min_p), allowed,
+      flat(queue.top_k), flat(queue.min_p),
   )
+  if settings.kept:
+    token, logp, kept = decoding.sample_kept(*given, settings.kept, allowed)
+  else:
+    (token, logp), kept = decoding.sample(*given, allowed), ()
   followed = [guides.follow(guide, held, token) for guide, held in zip(queue.guides, guided)]
   token, logp = token.reshape(t.shape), logp.reshape(t.shape)
 
   # A row without a task has an index behind the end, so its writes are dropped.
   store = jax.vmap(lambda out, task, t, value: out.at[task, t].set(value, mode='drop'))
+  record = lambda out, value: _by_rows(settings, store(out, state.task, t, value.reshape(*t.shape, *value.shape[1:])))
   count = jax.vmap(lambda out, task, value: out.at[task].set(value, mode='drop'))
   ends = t + 1 >= _of(queue.limit, state.task)
   for eos in settings.eos_ids:
@@ -491,6 +501,7 @@ def _step(
       logp=_by_rows(settings, store(state.logp, state.task, t, logp)),
       length=_by_rows(settings, count(state.length, state.task, t + 1)),
       guided=tuple(held.reshape(t.shape) for held, _ in followed),
+      kept=jax.tree.map(record, state.kept, kept),
   )
   return _admit(sizes, prompts, state)
 

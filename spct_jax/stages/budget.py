@@ -40,6 +40,8 @@ def rows(config: Any, mesh: Any, stage: str, tok: Any) -> list[plan.Row]:
       out.append(plan.row('parameters', params, layout))
     out += _view(config, mesh, stage, decoder, adapted)
     out += _caches(config, mesh, decoder)
+    if stage == 'grpo' and fields.replay_kept:
+      out += _kept(config, mesh)
     if stage == 'evaluate' and fields.meta:
       scalar = loading.model(config, tok, name=fields.meta, head_kind='scalar').abstract_params()
       out.append(plan.row('parameters of the meta-RM', scalar, sharding.tree_shardings(scalar, rules, mesh)))
@@ -109,6 +111,19 @@ def _caches(config, mesh, decoder):
     shapes = jax.eval_shape(lambda b=batch, s=length: kv_cache.init(decoder.config, b, s, dtype))
     layout = loop.cache_layout(name, shapes, loading.rules(config.sharding.cache_rules), mesh)
     out.append(plan.row(f'cache of {"prompts" if name == "prompt" else "rows"}', shapes, layout))
+  return out
+
+
+def _kept(config, mesh):
+  """The ids of kept tokens: of all tasks of an engine call, and of the learner's batch."""
+  ways, fields = sharding.data_ways(mesh), config.grpo
+  out = []
+  for name, count, length in (
+      ('record of kept tokens', config.judge.chunk_tasks, config.judge.max_new_tokens),
+      ('kept tokens of a batch', fields.batch * fields.group, fields.buckets[-1]),
+  ):
+    ids = jax.ShapeDtypeStruct((ways * -(-count // ways), length, fields.replay_kept), 'int32')
+    out.append(plan.row(name, ids, sharding.batch_rows(mesh)))
   return out
 
 

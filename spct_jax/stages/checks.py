@@ -123,6 +123,17 @@ def grpo(config: Any, mesh: Any) -> None:
     raise ValueError(
         f'grpo.temperature: got {fields.temperature}; allowed: above 0, because the learner divides by it'
     )
+  _at_least('grpo.replay_kept', fields.replay_kept, 0)
+  if fields.replay_kept and not truncates(fields):
+    raise ValueError(
+        f'grpo.replay_kept: got {fields.replay_kept}, but nothing truncates the sampling (grpo.top_p=1, top_k=0, '
+        'min_p=0), so every token is kept and the full vocabulary is right; set grpo.replay_kept=0, or truncate'
+    )
+
+
+def truncates(fields: Any) -> bool:
+  """Whether a stage draws from less than the full vocabulary."""
+  return fields.top_p < 1 or fields.top_k > 0 or fields.min_p > 0
 
 
 def evaluation(config: Any, mesh: Any) -> None:

@@ -11,8 +11,9 @@ same orders and uniforms, so that two points of the curve differ by the policy a
 training, so that an item is one prompt; what a slot favours averages out over the items.
 
 Departures, each a field: pi_old is the sampler's by default (`old_logp`); a group without signal gives zero
-advantages and is counted (`no_signal`); a step's prompts may be of one bucket (`group_by_length`), so that its
-rewards and slots are of items of that length.
+advantages and is counted (`no_signal`); where sampling truncates, log-probabilities are over the tokens that were
+kept (`replay_kept`; `train.objectives`, 2) or, as it is off, over the full vocabulary; a step's prompts may be of one
+bucket (`group_by_length`), so that its rewards and slots are of items of that length.
 """
 
 import time
@@ -62,6 +63,11 @@ def run(config: Any, workdir: Workdir, mesh: Any, generate: Any = None) -> None:
     return processes.say('grpo: done before')
   if fields.drop_too_easy:
     sample.require(config, workdir, 'grpo')
+  if checks.truncates(fields) and not fields.replay_kept:
+    processes.say(
+        'grpo: sampling is truncated (top_p, top_k or min_p) and the learner takes the full vocabulary, so importance '
+        'ratios are biased; grpo.replay_kept=64 takes both over the tokens that were kept'
+    )
   tok = loading.tokenizer(config)
   decoder = loading.model(config, tok, name=fields.init)
   trained = loading.learner(config, 'grpo', decoder)
@@ -85,14 +91,15 @@ def run(config: Any, workdir: Workdir, mesh: Any, generate: Any = None) -> None:
   if fields.reference not in ('', fields.init):
     referee = loading.model(config, tok, name=fields.reference)
     reference = loading.params(config, fields.reference, referee, workdir, mesh)
-  ref_logp = objectives.token_logp(referee, mesh, chunk=config.model.logits_chunk)
-  own_logp = ref_logp if trained == referee else objectives.token_logp(trained, mesh, chunk=config.model.logits_chunk)
+  scored = {'chunk': config.model.logits_chunk, 'replay': fields.replay_kept > 0}
+  ref_logp = objectives.token_logp(referee, mesh, **scored)
+  own_logp = ref_logp if trained == referee else objectives.token_logp(trained, mesh, **scored)
   loss_fn = objectives.grpo_objective(
       trained,
       clip_eps=fields.clip_eps,
       kl_coef=fields.kl_coef,
       temperature=fields.temperature,
-      chunk=config.model.logits_chunk,
+      **scored,
   )
 
   def validate(learner_params):
@@ -242,6 +249,8 @@ def rows(
   fitting = batches.fitting(learnt, tuple(fields.buckets)) if learnt else batches.Fitting((), ())
   measured = measure(judged, correct, reward, label, present)
   measured['rows_too_long'] = len(fitting.too_long)
+  if fields.replay_kept:
+    measured |= kept_sizes(judged.grouped, fields.replay_kept)
   if not fitting.keep:
     return None, measured
   batch = batches.pad(
@@ -250,8 +259,19 @@ def rows(
       buckets=tuple(fields.buckets),
       pad_id=pad_id,
       columns={'advantage': np.asarray([gains[i] for i in fitting.keep], np.float32)},
+      replay_kept=fields.replay_kept,
   )
   return batch, measured
+
+
+def kept_sizes(grouped: tuple[tuple[types.Trajectory, ...], ...], cap: int) -> dict[str, float]:
+  """Of the steps of all trajectories: how many tokens truncation kept, and at what share of them the cap cut."""
+  counts = [trajectory.kept.count for group in grouped for trajectory in group if trajectory.kept is not None]
+  count = np.concatenate([np.zeros(0, int), *counts])
+  return {
+      'kept_tokens': float(count.mean()) if count.size else 0.0,
+      'kept_capped': float((count > cap).mean()) if count.size else 0.0,
+  }
 
 
 def measure(judged, correct, reward, label, present) -> dict[str, Any]:

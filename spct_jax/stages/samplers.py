@@ -25,7 +25,7 @@ from spct_jax.train import lora
 def engine(
     config: Any, decoder: Transformer | lora.Adapted, tok: tokenizers.Tokenizer, mesh: Any, stage: str
 ) -> Engine:
-  """The sampler of a stage; its randomness is keyed by the stage's name."""
+  """The sampler of a stage; its randomness is keyed by the stage's name. GRPO's records what will be replayed."""
   dtype = config.model.sampler_dtype
   return Engine(
       Transformer(dataclasses.replace(decoder.config, dtype=dtype, param_dtype=dtype, remat=False)),
@@ -37,6 +37,7 @@ def engine(
       seed=config.seed,
       stage=stage,
       cache_dtype=config.model.sampler_cache or None,
+      kept=min(config.grpo.replay_kept, decoder.config.vocab_size) if stage == 'grpo' else 0,
   )
 
 

@@ -9,27 +9,30 @@ the last entry belongs to nothing. Prompt a b c, completion x y, padded to L = 6
     predicts      b  c  x  y  .  -
     token_mask    .  .  1  1  .  .      where the predicted token is of the completion
     sampler_logp  0  0  x  y  0  0      log-probabilities that the sampler recorded for x and y
+    kept_ids      .  .  X  Y  .  .      only where replayed: the ids that x and y were drawn from, -1 elsewhere
 
 1. Completions are the token ids that were sampled, never re-encoded text.
 2. L is the smallest of a few bucket lengths that holds the longest row: one compilation per bucket.
 3. A batch has a fixed number of rows; the rest are padding rows (row_mask False, no token masked in,
    length 1 so that no index or softmax meets an empty row) and add nothing to any sum or count.
-4. A row longer than the largest bucket is set aside by `fitting` before training, and named.
+4. Where sampling was truncated, `kept_ids` brings the recorded sets to the learner, and `sampler_logp` is over them.
+5. A row longer than the largest bucket is set aside by `fitting` before training, and named.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from spct_jax.types import Trajectory
+from spct_jax.types import Kept, Trajectory
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
   """One sequence to learn from; `logp` are the sampler's, one per completion token, or None.
 
-  `learnt` says which completion tokens the loss counts; None: all.
+  `learnt` says which completion tokens the loss counts; None: all. `kept`: what each was drawn from, if recorded.
   """
 
   name: str  # what a person would call it, for messages
@@ -37,6 +40,7 @@ class Row:
   completion_ids: tuple[int, ...]
   logp: tuple[float, ...] | None = None
   learnt: tuple[bool, ...] | None = None
+  kept: Kept | None = None
 
   def __post_init__(self):
     if not self.prompt_ids:
@@ -54,6 +58,19 @@ class Row:
           f'{self.name}: {len(self.learnt)} flags of what is learnt for {len(self.completion_ids)}'
           ' completion tokens; there must be one for each.'
       )
+    if self.kept is not None:
+      for name in ('ids', 'logp', 'count'):
+        if len(getattr(self.kept, name)) != len(self.completion_ids):
+          raise ValueError(
+              f'{self.name}: kept {name} of {len(getattr(self.kept, name))} tokens for {len(self.completion_ids)}'
+              ' completion tokens; there must be one for each.'
+          )
+      for t, (token, ids) in enumerate(zip(self.completion_ids, self.kept.ids)):
+        if token not in ids:
+          raise ValueError(
+              f'{self.name}: token {t}, id {token}, is not among the {len(ids)} that it was drawn from; the record was'
+              ' edited, or belongs to other tokens.'
+          )
 
   @property
   def length(self) -> int:
@@ -62,10 +79,12 @@ class Row:
 
 def from_trajectory(trajectory: Trajectory, prompt_ids: Sequence[int] | None = None) -> Row:
   """The tokens as sampled. `prompt_ids` replaces the prompt, as for a hinted sample that is to be
-  learnt without its hint; the recorded log-probabilities are then of another prompt and are dropped."""
+  learnt without its hint; what the sampler recorded is then of another prompt and is dropped."""
   name = f'{trajectory.uid} sample {trajectory.sample} visit {trajectory.visit}'
   if prompt_ids is None:
-    return Row(name, tuple(trajectory.prompt_ids), tuple(trajectory.token_ids), tuple(trajectory.logp))
+    return Row(
+        name, tuple(trajectory.prompt_ids), tuple(trajectory.token_ids), tuple(trajectory.logp), kept=trajectory.kept
+    )
   return Row(name, tuple(prompt_ids), tuple(trajectory.token_ids))
 
 
@@ -113,12 +132,14 @@ def pad(
     buckets: Sequence[int],
     pad_id: int,
     columns: Mapping[str, np.ndarray],
+    replay_kept: int = 0,
 ) -> dict[str, np.ndarray]:
   """One batch of `num_rows` rows (Q) and a bucket's length (L).
 
   tokens int32[Q, L], lengths int32[Q], token_mask bool[Q, L], sampler_logp float32[Q, L] (0 where
   unknown), row_mask bool[Q]; and each of `columns` (one value per given row: 'advantage', 'target'),
-  padded with zeros to [Q].
+  padded with zeros to [Q]. With `replay_kept` > 0 also kept_ids int32[Q, L, replay_kept], and sampler_logp is of
+  the tokens among those; every row must have been recorded.
   """
   if not 0 < len(rows) <= num_rows:
     raise ValueError(f'a batch of {num_rows} rows: got {len(rows)}; it must hold 1 to {num_rows}.')
@@ -130,12 +151,17 @@ def pad(
       'sampler_logp': np.zeros((num_rows, length), np.float32),
       'row_mask': np.arange(num_rows) < len(rows),
   }
+  if replay_kept:
+    batch['kept_ids'] = np.full((num_rows, length, replay_kept), -1, np.int32)
   for i, row in enumerate(rows):
     batch['tokens'][i, : row.length] = row.prompt_ids + row.completion_ids
     batch['lengths'][i] = row.length
     predicting = slice(len(row.prompt_ids) - 1, row.length - 1)
     batch['token_mask'][i, predicting] = True if row.learnt is None else row.learnt
-    if row.logp is not None:
+    if replay_kept:
+      batch['kept_ids'][i, predicting] = _kept_ids(row, replay_kept)
+      batch['sampler_logp'][i, predicting] = row.kept.logp
+    elif row.logp is not None:
       batch['sampler_logp'][i, predicting] = row.logp
   for name, values in columns.items():
     values = np.asarray(values)
@@ -147,3 +173,21 @@ def pad(
     batch[name] = np.zeros(num_rows, values.dtype)
     batch[name][: len(rows)] = values
   return batch
+
+
+def _kept_ids(row: Row, width: int) -> np.ndarray:
+  """int32[completion tokens, width], -1 behind the last of each."""
+  if row.kept is None:
+    raise ValueError(
+        f'{row.name}: what its tokens were drawn from was not recorded, so it cannot be replayed; sample with an engine'
+        f' that records it (kept={width}).'
+    )
+  widest = max(map(len, row.kept.ids), default=0)
+  if widest > width:
+    raise ValueError(
+        f'{row.name}: {widest} kept tokens at a step, more than the {width} that are replayed; replay as many as were'
+        ' recorded.'
+    )
+  return np.array(
+      [[*ids, *itertools.repeat(-1, width - len(ids))] for ids in row.kept.ids], np.int32
+  ).reshape(len(row.kept.ids), width)

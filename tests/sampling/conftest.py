@@ -59,10 +59,20 @@ def truncated(logits, temperature, top_p, top_k, min_p):
   return weight / weight.sum()
 
 
-def make_engine(model, rows: int, T: int = 6, eos_ids=EOS, mesh=None, seed: int = 0, stage: str = 'sample') -> Engine:
+def kept(logits, setting, cap):
+  """(ids of the likeliest `cap` of what truncation keeps, the lowest ids on ties; how many it keeps; p among them)."""
+  p = truncated(logits, *setting)
+  order = [v for v in np.lexsort((np.arange(len(p)), -logits.astype(np.float64))) if p[v] > 0]
+  ids = order[:cap]
+  return ids, len(order), {v: p[v] / p[ids].sum() for v in ids}
+
+
+def make_engine(
+    model, rows: int, T: int = 6, eos_ids=EOS, mesh=None, seed: int = 0, stage: str = 'sample', kept: int = 0
+) -> Engine:
   return Engine(
       model=model, mesh=mesh, cache_rules=tiny.RULES, rows=rows, max_new_tokens=T, eos_ids=eos_ids, seed=seed,
-      stage=stage,
+      stage=stage, kept=kept,
   )
 
 
@@ -121,6 +131,11 @@ def oracle():
 @pytest.fixture(scope='session')
 def make_learner():
   return make_learner_logits
+
+
+@pytest.fixture(scope='session')
+def kept_oracle():
+  return kept
 
 
 @pytest.fixture(scope='session')

@@ -79,6 +79,27 @@ def test_tokens_follow_the_truncated_distribution(small, name, prompt):
   assert chi_square(counts[p > 0], p[p > 0] * counts.sum()) > 1e-4
 
 
+# Seen to fail when the cap leaves the draw alone, and when it is one token off.
+def test_a_capped_set_is_what_is_drawn(rig, oracle):
+  """A row keeps its `kept` likeliest of what truncation leaves, and draws from those; `none` is cut too."""
+  settings = [SETTINGS[name] for name in ('none', 'top_p', 'combined')]
+  model, Q = tiny.small_model(vocab_size=13), 1200 * 3
+  params = jax.jit(model.init)(jax.random.key(2))
+  prompts = rig.make_prompts(13, lengths=(4,), P=4)
+  tasks = rig.make_tasks(np.zeros(Q, int), np.arange(Q), settings)
+  got = rig.engine(model, rows=100, T=1, eos_ids=(12,), kept=4).generate(params, prompts, tasks)
+  logits = np.asarray(model.apply({'params': params}, jnp.asarray(prompts.tokens)))[0, -1]
+  for i, setting in enumerate(settings):
+    p = oracle(logits, *setting)
+    assert (p > 0).sum() == got.kept.count[i, 0] > 4
+    p = np.where(p >= np.sort(p)[-4], p, 0) / np.sort(p)[-4:].sum()
+    mine = got.tokens[i::3, 0]
+    assert set(mine.tolist()) == set(np.flatnonzero(p)) == set(got.kept.ids[i, 0].tolist())
+    np.testing.assert_allclose(got.kept.logp[i::3, 0], np.log(p[mine]), atol=1e-5)
+    counts = np.bincount(mine, minlength=13)
+    assert chi_square(counts[p > 0], p[p > 0] * len(mine)) > 1e-4
+
+
 LARGE = {
     'none': (1.0, 1.0, 0, 0.0),
     'top_k': (0.7, 1.0, 40, 0.0),

@@ -33,6 +33,12 @@ def load_page(name: str, arg: str):
 
 
 @pytest.fixture
+def quickstart():
+  """`quickstart(choices)` -> the quickstart's page."""
+  return lambda arg: load_page('quickstart', arg)
+
+
+@pytest.fixture
 def files(tmp_path):
   """The two JSONL files."""
   for name, rows in (('train', TRAIN), ('eval', EVAL)):

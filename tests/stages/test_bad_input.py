@@ -183,6 +183,12 @@ FIELDS = {
     'old_logp': ({'grpo.old_logp': 'old'}, ('grpo.old_logp', "'old'", "'sampler', 'learner'"), 'grpo'),
     'clip': ({'grpo.clip_eps': -0.1}, ('grpo', 'clip_eps=-0.1', 'negative'), 'grpo'),
     'updates': ({'grpo.updates': 0}, ('grpo.updates', 'got 0', 'at least 1'), 'grpo'),
+    'replay of everything': (
+        {'grpo.replay_kept': 64}, ('grpo.replay_kept', 'got 64', 'nothing truncates', 'top_p=1', 'or truncate'), 'grpo'
+    ),
+    'replay of less than nothing': (
+        {'grpo.replay_kept': -1, 'grpo.top_p': 0.9}, ('grpo.replay_kept', 'got -1', 'at least 0'), 'grpo'
+    ),
     'nothing to validate on': (
         {'grpo.validate_every': 1}, ('grpo.validate_every', 'got 1', 'data.validation_limit=0', 'set'), 'grpo'
     ),

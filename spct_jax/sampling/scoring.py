@@ -16,7 +16,7 @@ their rows. What a row gets depends on its prompt and its own tokens only, up to
 1. Inference only. There is no gradient that one may use: results are numpy arrays, and the attention inside has no
    reverse mode. A merge of parts has a derivative of its own, which nothing here provides.
 2. Shapes decide what is compiled: one program for each length of prompts, and one for each length of rows. Lengths
-   go in steps of a half (64, 96, 128, ...); the longest prompt and the number of slots are the same for all.
+   go in steps of a half (16, 24, 32, 48, ...); the longest prompt and the number of slots are the same for all.
 3. With latent attention the slots hold latents and the pass is the absorbed one, as in the engine.
 """
 
@@ -37,6 +37,7 @@ from spct_jax.sampling import suffixes as attention
 _PREFILL = 1024  # prompt tokens that go through the model at once, in each group
 _HELD = 16384  # prompt tokens that slots hold, in each group, where rows do not ask for more
 _STEPS = sorted(m << i for m in (1, 3) for i in range(30))
+_SHORTEST = 16  # tokens of a prompt or row as a program takes them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,14 +239,19 @@ def _step(number: int) -> int:
   return next(step for step in _STEPS if step >= number)
 
 
+def _tokens(length: int) -> int:
+  """How many tokens a program takes for a prompt or row of so many."""
+  return _step(max(length, _SHORTEST))
+
+
 def _plan(held: list[int], lengths: list[int], prompt_of: Sequence[int], rows: int, G: int):
   """-> _Size, list of _Wave. Depends on these numbers alone, so every process makes the same."""
   rows_of = {}
   for q, u in enumerate(prompt_of):
     rows_of.setdefault(int(u), []).append(q)
-  order = sorted(rows_of, key=lambda u: (_step(max(held[u], 1)), u))
+  order = sorted(rows_of, key=lambda u: (_tokens(held[u]), u))
   block = blockwise.BLOCK
-  longest = _step(max(max(held[u] for u in order), 1))
+  longest = _tokens(max(held[u] for u in order))
   longest = longest if longest <= block else -(-longest // block) * block
   R = -(-rows // G)
   wanted = max(-(-R * len(order) // len(lengths)), _HELD // longest, 1)
@@ -268,7 +274,7 @@ def _plan(held: list[int], lengths: list[int], prompt_of: Sequence[int], rows: i
 def _wave(dealt, held, lengths, rows_of, R, size):
   G, fills, passes, start = len(dealt), [], [], 0
   while start < max(map(len, dealt)):
-    P = max(_step(max(held[mine[start]], 1)) for mine in dealt if start < len(mine))
+    P = max(_tokens(held[mine[start]]) for mine in dealt if start < len(mine))
     B = max(1, min(size.slots, _PREFILL // P))
     chosen = np.full((G, B), -1)
     for g, mine in enumerate(dealt):
@@ -279,10 +285,10 @@ def _wave(dealt, held, lengths, rows_of, R, size):
     start += B
   queues = []
   for mine in dealt:
-    queue = [(_step(lengths[q]), slot, q) for slot, u in enumerate(mine) for q in rows_of[u]]
+    queue = [(_tokens(lengths[q]), slot, q) for slot, u in enumerate(mine) for q in rows_of[u]]
     queues.append(sorted(queue, key=lambda row: (-row[0], *row[1:])))
   for start in range(0, max(map(len, queues)), R):
-    index, slots, S = np.full((G, R), -1), np.zeros((G, R), int), 1
+    index, slots, S = np.full((G, R), -1), np.zeros((G, R), int), _SHORTEST
     for g, queue in enumerate(queues):
       part = sorted(queue[start : start + R], key=lambda row: row[1:])
       S = max([S, *(length for length, _, _ in part)])

@@ -134,7 +134,7 @@ def _clear(path: pathlib.Path) -> None:
 def _meta_scorer(config, workdir, mesh, tok):
   decoder = loading.model(config, tok, name=config.evaluate.meta, head_kind='scalar')
   params = loading.params(config, config.evaluate.meta, decoder, workdir, mesh)
-  return meta_rm.scorer(decoder, params, mesh)
+  return meta_rm.scorer(decoder, params, mesh, config.evaluate.meta_batch)
 
 
 def _meta_scores(config, score, examples, drawn, settings, tok, path, name):
@@ -142,16 +142,9 @@ def _meta_scores(config, score, examples, drawn, settings, tok, path, name):
   if not processes.as_writer_says(path.exists, what='meta scores'):
     by_uid = {example.uid: example for example in examples}
     prompt_ids = meta.reader(template=settings.template, tokenizer=tok)
-    rows = [prompt_ids(by_uid[t.uid], t.order) + t.token_ids for t in drawn]
+    rows = [(prompt_ids(by_uid[t.uid], t.order), t.token_ids) for t in drawn]
     with Progress(total=len(rows), desc=f'evaluate {name}, meta-RM') as progress:
-      logits = meta.score(
-          score,
-          rows,
-          buckets=tuple(config.meta_rm.buckets),
-          batch_rows=config.evaluate.meta_batch,
-          pad_id=tok.pad_id,
-          on_batch=progress.update,
-      )
+      logits = meta.score(score, rows, limit=config.meta_rm.buckets[-1], on_rows=progress.update)
     lost = int(np.isnan(logits).sum())
     if lost:
       processes.say(

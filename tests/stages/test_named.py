@@ -192,7 +192,7 @@ def test_evaluation_of_folders_with_a_folder_as_meta_rm(config, tok, mesh, tmp_p
   example = {e.uid: e for e in datasets.load(config).heldout}[drawn[0].uid]
   settings = loading.judge_settings(config, config.evaluate, orders='shuffle', single='scale')
   ids = [*meta.reader(template=settings.template, tokenizer=tok)(example, drawn[0].order), *drawn[0].token_ids]
-  alone = meta_rm.scorer(scalar, reward, mesh)(np.asarray([ids], np.int32), np.asarray([len(ids)], np.int32))
+  alone = scalar.apply({'params': reward}, np.asarray([ids], np.int32))
   assert told[0]['logit'] == pytest.approx(float(alone[0]), abs=1e-4)
 
 

@@ -547,7 +547,7 @@ def _shared(work, folder, repeats, shape):
   compiled, scorer = _counted(), Scorer(model=model, mesh=None, rows=32)
   given = params, [prompt.tolist()], suffixes.tolist(), [0] * work.k
   result = _timed(lambda: scorer.rewards(*given), repeats)
-  return {**result, 'compiled': len(compiled), 'rewards': scorer.rewards(*given).tolist()}
+  return {**result, 'compiled': len(compiled), 'rewards': scorer.rewards(*given)[:4].tolist()}
 
 
 def _whole(work, folder, repeats, shape):
@@ -570,7 +570,7 @@ def _whole(work, folder, repeats, shape):
   compiled, at_once = _counted(), min(8, work.k)
   run = lambda: [np.asarray(score(params, rows[i : i + at_once])) for i in range(0, work.k, at_once)]
   result = _timed(run, repeats)
-  return {**result, 'compiled': len(compiled), 'rewards': np.concatenate(run()).tolist()}
+  return {**result, 'compiled': len(compiled), 'rewards': run()[0][:4].tolist()}
 
 
 if __name__ == '__main__':

@@ -21,24 +21,32 @@ from ml_collections import ConfigDict
 
 from spct_jax import pages, sharding, types
 from spct_jax.algos import voting
+from spct_jax.judges import expected as expected_scores
 from spct_jax.judges import grm, prompts
 from spct_jax.models import hf
 from spct_jax.models.transformer import Transformer
 from spct_jax.sampling.engine import Engine
+from spct_jax.sampling.scoring import Scorer
 from spct_jax.stages import loading, named, workdir
+from spct_jax.text import spellings
 from spct_jax.text import tokenizer as tokenizers
 from spct_jax.train import lora, peft
 
 _LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768)  # prompt buckets, in tokens
+_ROWS = 16  # judgements that are scored at once on a device, where scores are expected ones
 
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-  """One judgement: what the judge wrote, and its score per response (None if it did not parse; `parse` says why)."""
+  """One judgement: what the judge wrote, and its score per response (None if it did not parse; `parse` says why).
+
+  `expected`: the mean of each score over all that the judge might have written at its place, where asked for.
+  """
 
   critique: str
   scores: tuple[int, ...] | None
   parse: str
+  expected: tuple[float, ...] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,11 +119,13 @@ class RewardModel:
       k: int = 8,
       seed: int = 0,
       uid: str | None = None,
+      expected: bool = False,
   ) -> Verdict:
     """Judges n >= 1 responses with k samples.
 
     query_or_messages: the user's query, or a conversation that ends with it: `{'role', 'content'}` dicts.
     uid: names the randomness; with none, the content is hashed, so the same question gets the same samples.
+    expected: votes are expected scores: the exact probability of every score is used, not the one that was drawn.
     """
     example = _example(query_or_messages, responses, uid)
     if k < 1:
@@ -127,13 +137,27 @@ class RewardModel:
           'max_prompt_tokens'
       )
     arrays = judged.judgments
-    totals = np.asarray(voting.vote(arrays.scores, arrays.valid, arrays.response_mask))[0]
+    samples = tuple(map(_sample, judged.grouped[0], self._expected(judged.grouped[0], expected)))
+    scores = arrays.scores
+    if expected:
+      scores = np.asarray([[sample.expected or sample.scores or [0] * len(responses) for sample in samples]], np.float32)
+    totals = np.asarray(voting.vote(scores, arrays.valid, arrays.response_mask))[0]
     draw = int(hashlib.blake2b(f'{seed}:{example.uid}'.encode(), digest_size=4).hexdigest(), 16) / 2**32
     best = int(voting.winner(totals[None], arrays.response_mask, np.asarray([draw], np.float32))[0])
     return Verdict(
         scores=tuple(float(total) for total in totals),
         best=best if arrays.valid.any() else None,
-        samples=tuple(_sample(trajectory) for trajectory in judged.grouped[0]),
+        samples=samples,
+    )
+
+  def _expected(self, trajectories, wanted: bool) -> list[expected_scores.Expected | None]:
+    if not wanted:
+      return [None] * len(trajectories)
+    scorer = Scorer(self.decoder, self.mesh, _ROWS * sharding.data_ways(self.mesh))
+    scale = prompts.SCALES['pointwise']
+    return expected_scores.of(
+        functools.partial(scorer.masses, self.params), trajectories, [scale] * len(trajectories),
+        spelling=spellings.of(self.tokenizer), temperature=self.temperature,
     )
 
   def _judge(self, k: int, seed: int) -> grm.Judge:
@@ -166,15 +190,18 @@ def _engine(decoder, mesh, cache_rules, rows, max_new_tokens, eos_ids, seed):
   )
 
 
-def _sample(trajectory: types.Trajectory) -> Sample:
+def _sample(trajectory: types.Trajectory, expected: expected_scores.Expected | None) -> Sample:
   """Scores in the order of the caller's responses: the shown order is undone."""
-  scores = None
-  if trajectory.scores is not None:
-    own = [0] * len(trajectory.order)
+  def own(shown):
+    if shown is None:
+      return None
+    out = [0] * len(trajectory.order)
     for slot, response in enumerate(trajectory.order):
-      own[response] = trajectory.scores[slot]
-    scores = tuple(own)
-  return Sample(trajectory.text, scores, trajectory.parse)
+      out[response] = shown[slot]
+    return tuple(out)
+
+  means = None if expected is None else expected.scores
+  return Sample(trajectory.text, own(trajectory.scores), trajectory.parse, own(means))
 
 
 def _example(query, responses, uid) -> types.Example:

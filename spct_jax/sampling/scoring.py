@@ -126,6 +126,7 @@ class Scorer:
       places: Sequence[Sequence[tuple[int, int]]],
       sets: Sets,
       temperature: float,
+      on_rows: Callable[[int], None] | None = None,
   ) -> list[np.ndarray]:
     """For each row float32[its places, C]: the probability that the next token is of class c.
 
@@ -159,6 +160,8 @@ class Scorer:
       for place in np.argwhere(index >= 0):
         q = index[tuple(place)]
         out[q] = found[tuple(place)][: len(places[q])]
+      if on_rows is not None:
+        on_rows(int((index >= 0).sum()))
     return out
 
   def _check(self, head, prompts, suffixes, prompt_of):

@@ -134,7 +134,7 @@ def evaluation(config: Any, mesh: Any) -> None:
   if fields.single not in ('binary', 'scale'):
     raise ValueError(f"evaluate.single: got {fields.single!r}; allowed: 'binary', 'scale'")
   _at_least('evaluate.show', fields.show, 0)
-  if fields.meta or fields.instructions:
+  if fields.meta or fields.instructions or fields.expected:
     _at_least('evaluate.meta_batch', fields.meta_batch, 1)
     try:
       update.check_rows(fields.meta_batch, 1, mesh)

@@ -16,7 +16,7 @@ their rows. What a row gets depends on its prompt and its own tokens only, up to
 1. Inference only. There is no gradient that one may use: results are numpy arrays, and the attention inside has no
    reverse mode. A merge of parts has a derivative of its own, which nothing here provides.
 2. Shapes decide what is compiled: one program for each length of prompts, and one for each length of rows. Lengths
-   go in steps of a half (16, 24, 32, 48, ...); the longest prompt and the number of slots are the same for all.
+   go in steps of a half (32, 48, 64, 96, ...); the longest prompt and the number of slots are the same for all.
 3. With latent attention the slots hold latents and the pass is the absorbed one, as in the engine.
 """
 
@@ -37,7 +37,7 @@ from spct_jax.sampling import suffixes as attention
 _PREFILL = 1024  # prompt tokens that go through the model at once, in each group
 _HELD = 16384  # prompt tokens that slots hold, in each group, where rows do not ask for more
 _STEPS = sorted(m << i for m in (1, 3) for i in range(30))
-_SHORTEST = 16  # tokens of a prompt or row as a program takes them
+_SHORTEST = 32  # tokens of a prompt or row as a program takes them
 
 
 @dataclasses.dataclass(frozen=True)

@@ -130,6 +130,7 @@ class RewardModel:
     example = _example(query_or_messages, responses, uid)
     if k < 1:
       raise ValueError(f'k: got {k} samples; allowed: 1 or more')
+    spelling = spellings.of(self.tokenizer) if expected else None
     judged = grm.judge(self._judge(k, seed), [example], samples=k, stage='score')
     if judged.overlong:
       raise ValueError(
@@ -137,7 +138,7 @@ class RewardModel:
           'max_prompt_tokens'
       )
     arrays = judged.judgments
-    samples = tuple(map(_sample, judged.grouped[0], self._expected(judged.grouped[0], expected)))
+    samples = tuple(map(_sample, judged.grouped[0], self._expected(judged.grouped[0], spelling)))
     scores = arrays.scores
     if expected:
       scores = np.asarray([[sample.expected or sample.scores or [0] * len(responses) for sample in samples]], np.float32)
@@ -150,14 +151,14 @@ class RewardModel:
         samples=samples,
     )
 
-  def _expected(self, trajectories, wanted: bool) -> list[expected_scores.Expected | None]:
-    if not wanted:
+  def _expected(self, trajectories, spelling) -> list[expected_scores.Expected | None]:
+    if spelling is None:
       return [None] * len(trajectories)
     scorer = Scorer(self.decoder, self.mesh, _ROWS * sharding.data_ways(self.mesh))
     scale = prompts.SCALES['pointwise']
     return expected_scores.of(
         functools.partial(scorer.masses, self.params), trajectories, [scale] * len(trajectories),
-        spelling=spellings.of(self.tokenizer), temperature=self.temperature,
+        spelling=spelling, temperature=self.temperature,
     )
 
   def _judge(self, k: int, seed: int) -> grm.Judge:

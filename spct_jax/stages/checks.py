@@ -7,6 +7,7 @@ from typing import Any
 
 from spct_jax.data import instructions, stream
 from spct_jax.stages import datasets, loading, named, trackers
+from spct_jax.text import spellings
 from spct_jax.train import update
 
 ORDERS = ('shuffle', 'balanced', 'fixed')
@@ -150,6 +151,8 @@ def evaluation(config: Any, mesh: Any) -> None:
   if fields.instructions:
     _ascending('sft.buckets', config.sft.buckets)  # the lengths of its rows
     instructions.load(fields.instructions, strict=config.strict)  # says what is wrong with the file
+  if fields.expected:
+    spellings.of(loading.tokenizer(config))  # an error where it cannot be told what its tokens add to a text
   if fields.meta:
     if fields.soft and not fields.soft_temperature > 0:
       raise ValueError(f'evaluate.soft_temperature: got {fields.soft_temperature}; allowed: above 0')

@@ -33,9 +33,9 @@ def one_softmax(q, keys, values, seen, scale, softcap):
 
 # Blocks of 8: of one row in parts (S = 24), of several rows (S = 2), of rows whose prompts differ, of prompts that
 # end inside a block or hold nothing. Large scores in one part need the largest score of both.
-# Seen to fail: held one more or one less; the slot of the next row; rows of another slot not masked; a window one
-# wider; the first block of a window one too late; the largest score left out (t' = 0); mass not rescaled; own keys
-# of the next row; the last own block left out.
+# Seen to fail: held one more or one less; the next slot; rows of another slot not masked; the last slot not visited;
+# the longest prompt that of the first group; a window one wider; the first block of a window one too late; the largest
+# score left out (t' = 0); mass not rescaled; own keys of the next row; the last own block left out.
 @pytest.mark.parametrize('S', [2, 24])
 @pytest.mark.parametrize('window, softcap, prompt_scale, own_scale', [
     (None, None, 1, 1), (3, 2.0, 1, 1), (9, None, 30, 1), (None, 5.0, 1, 30),
@@ -89,8 +89,8 @@ def scalar():
 
 
 # Whatever the rows, their order, how many prompts are held and which others there are.
-# Seen to fail: positions that begin one later; held one less; results put back in the order of the passes; the last
-# token of the padded row read; a wave's prompts in the slots of the wave before.
+# Seen to fail: positions that begin one later, or at 0; held one less; results put back in the order of the passes;
+# the last token of the padded row read; a later prompt not put in its slot; the prompt of the row before.
 def test_rewards_are_those_of_whole_rows(scalar, monkeypatch):
   model, params = scalar
   prompts, rows, prompt_of = drawn(61)
@@ -120,6 +120,7 @@ def test_rows_of_several_blocks(scalar):
   )
 
 
+# Seen to fail: rows in the slot before their own.
 @pytest.mark.parametrize('shape', [dict(data=2, fsdp=2, tensor=2), dict(data=4, fsdp=2)], ids=['all', 'rows'])
 def test_eight_devices_give_the_rewards_of_one(scalar, shape):
   model, params = scalar
@@ -130,7 +131,7 @@ def test_eight_devices_give_the_rewards_of_one(scalar, shape):
   np.testing.assert_allclose(got, alone(model, params, prompts, rows, prompt_of), rtol=1e-5, atol=2e-6)
 
 
-# Seen to fail: the value taken from the end of the latent; the window of every block that of the first.
+# Seen to fail: the window of every block that of the first; no soft-cap.
 @pytest.mark.parametrize('family', ['gemma2', 'mixtral', 'deepseek_v2'])
 def test_other_families(family):
   model, params = made(hf_config.read('here', families.config(family, 1, head_kind='scalar')))

@@ -86,7 +86,8 @@ def by_enumeration(model, spelling, context, rest, last, temperature, before, be
 # Scores in one token and in two, blanks in tokens of their own, merged, and put in by the decoder; a first score in
 # one token with its brace; a delimiter merged with the next score. Seen to fail: paths through a blank of its own
 # left out, or all of those in two tokens; the delimiter alone taken for all that begin with it; the last score ended by
-# a comma; `rest` not divided by; the place one id late; a node behind the root of another place; temperature left out.
+# a comma; `rest` not divided by; the place one id late; a node behind the root of another place; states of one place
+# taken for another's; a branch that does not see its own, or one token too many, or stands too far behind; temperature.
 @pytest.mark.parametrize('ids, n, slot, rest', [
     ((b'{', b'1', b',', b' ', b'2', b'}'), 2, 0, b''),
     ((b'{', b'1', b',', b' ', b'2', b'}'), 2, 1, b''),
@@ -130,7 +131,7 @@ def test_blanks_that_the_decoder_puts_in(model):
 
 
 # Many judgements in one pass, of two prompts and two scales, on one device and on eight: each as it is alone.
-# Seen to fail: the answers of one row given to another; the states of the second scale counted from the first's.
+# Seen to fail: the answers of one row given to another.
 def test_each_judgement_is_as_it_is_alone(model):
   decoder, params = model
   spelling = vocabulary()

@@ -64,6 +64,27 @@ def test_blocks_over_prompt_and_row_are_one_softmax(S, window, softcap, prompt_s
       np.testing.assert_allclose(got[n, t], want, atol=2e-4 if max(prompt_scale, own_scale) > 1 else 1e-5)
 
 
+def _shapes(P, S):
+  shape = lambda *axes: jax.ShapeDtypeStruct(axes, jnp.float32)
+  whole = lambda *axes: jax.ShapeDtypeStruct(axes, jnp.int32)
+  rows = suffixes.Rows(whole(1, 2), whole(1, 2), whole(1, 2, S), None)
+  own, prompt = (shape(2, S, M, hk), shape(2, S, M, hv)), (shape(1, M, P, hk), shape(1, M, P, hv))
+  return shape(2, S, M * g, hk), own, prompt, rows
+
+
+def test_no_array_of_all_scores_exists():
+  run = functools.partial(suffixes.attend, scale=0.5, block=BLOCK)
+  temp = lambda *sizes: jax.jit(run).lower(*_shapes(*sizes)).compile().memory_analysis().temp_size_in_bytes
+  assert temp(4096, 64) - temp(64, 64) < 64 * 4096 * 4  # one head's scores of one row
+
+
+def test_there_is_no_gradient():
+  q, *others = _shapes(16, 8)
+  total = lambda q, *others: suffixes.attend(q, *others, scale=0.5, block=BLOCK).sum()
+  with pytest.raises(ValueError, match='Reverse-mode differentiation does not work'):
+    jax.eval_shape(jax.grad(total), q, *others)
+
+
 def drawn(vocabulary, seed=0, rows=17, held=(8, 1, 5, 0, 21)):
   rng = np.random.default_rng(seed)
   ids = lambda n: rng.integers(0, vocabulary, n).tolist()
@@ -99,6 +120,10 @@ def test_rewards_are_those_of_whole_rows(scalar, monkeypatch):
   got = Scorer(model, None, 4).rewards(params, prompts, rows, prompt_of, told.append)
   np.testing.assert_allclose(got, want, rtol=1e-5, atol=2e-6)
   assert sum(told) == 17 and max(told) <= 4
+  programs = scoring._rewards._cache_size(), scoring._prefill._cache_size()
+  other = Scorer(model, None, 4).rewards(params, prompts[::-1], rows, [4 - u for u in prompt_of])
+  np.testing.assert_allclose(other, want, rtol=1e-5, atol=2e-6)
+  assert programs == (scoring._rewards._cache_size(), scoring._prefill._cache_size())
   monkeypatch.setattr(scoring, '_HELD', 1)  # a wave for every two prompts
   monkeypatch.setattr(scoring, '_PREFILL', 1)
   order = np.random.default_rng(1).permutation(17)

@@ -192,6 +192,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.evaluate.k_meta = 0  # samples that vote of k; 0: half of k, at least one (paper 2.7)
   config.evaluate.soft = True  # also guided voting with soft weights (a named departure)
   config.evaluate.soft_temperature = 0.5  # divides the meta reward before the sigmoid
+  config.evaluate.expected = False  # also votes by expected scores: every score's exact probability, not the one drawn
   config.evaluate.greedy = True  # also one greedy judgement per item
   config.evaluate.orders = 'shuffle'
   config.evaluate.early = 'none'  # votes stop once decided: exact (the winner of the full vote), statistical; needs ks = (samples,)

@@ -11,6 +11,9 @@ that transformers reads), float32, caches on:
     each, copied  the unshared twin, here in this file: the same layers, blockwise prefill and draw in one
                   jitted program, but a cache of prompt and answer for every sample; each sample's prompt is
                   prefilled ('each'), or every prompt once and its cache copied ('copied')
+    uncut         ours without trunks: every order of an item keeps its prompt whole
+    shared whole  what the meta-RM does: a scalar head reads k trajectories of one prompt (N is their length), the
+                  prompt once for all of them, or each of them whole, eight at a time, blockwise
     hf            transformers.generate, num_return_sequences = k, sdpa; where torch and transformers are there
     tunix         the sampler of google-tunix, every prompt given k times; where it is there
 
@@ -59,7 +62,7 @@ class Work:
 
 LONG = {k: Work('mid', 1, 1024, k, 32) for k in (1, 4, 8, 16, 32)}
 SHORT = Work('mid', 4, 256, 8, 128)
-BARS = ('long', 'mid', 'tiny', 'top_p', 'votes', 'one', 'decode', 'memory', 'orders', 'share', 'programs')
+BARS = ('long', 'mid', 'tiny', 'top_p', 'votes', 'one', 'decode', 'memory', 'orders', 'share', 'programs', 'meta')
 
 
 def main() -> int:
@@ -169,9 +172,9 @@ class Bench:
     rows = []
     for responses, orders in ((4, 'shuffle'), (2, 'balanced')):
       work = Work('mid', 1, 1024, 32, 32, responses=responses, orders=orders)
-      rows += self._against('whole', work)
+      rows += self._against('uncut', work)
       work = self._sized(work)
-      ours, whole = self._run('ours', work), self._run('whole', work)
+      ours, whole = self._run('ours', work), self._run('uncut', work)
       for part in ('temp', 'caches'):
         name = f'{_said(work)}: {part} of whole prompts over ours'
         rows.append(_row(name, whole[part] / ours[part], 'x', True))
@@ -197,6 +200,15 @@ class Bench:
       ]
     return rows
 
+  def meta(self):
+    """Rewards of k trajectories of one prompt. Before any time counts, both sides must agree on them."""
+    work = self._sized(dataclasses.replace(LONG[32], N=128))
+    shared, whole = self._run('shared', work), self._run('whole', work)
+    _agree('whole', shared['rewards'], whole['rewards'])
+    name = f'meta: {work.model}, P={work.P}, k={work.k}, suffix {work.N}'
+    rows = [_row(f'{name}: times as fast as each whole', whole['cpu'] / shared['cpu'], 'x', True, 5, 3)]
+    return rows + self._costs(name, {'shared': shared, 'whole': whole})
+
   def _sized(self, work):
     if not self.args.tiny:
       return work
@@ -207,12 +219,14 @@ class Bench:
     a, b = self._run('ours', work), self._run(other, work)
     if not b:
       return []
-    for x, y in zip(a['logits'], b['logits'], strict=True):
-      if abs(x - y) > 1e-3:
-        raise SystemExit(f'{other} gives the logits {b["logits"]}, ours are {a["logits"]}: not the same model.')
+    _agree(other, a['logits'], b['logits'])
     name = _said(work)
     rows = [_row(f'{name}: times as fast as {other}', b['cpu'] / a['cpu'], 'x', True, goal, floor)]
-    for side, got in (('ours', a), (other, b)):
+    return rows + self._costs(name, {'ours': a, other: b})
+
+  def _costs(self, name, sides):
+    rows = []
+    for side, got in sides.items():
       rows.append(_row(f'{name}: {side}, CPU', got['cpu'], 's', False))
       rows.append(_row(f'{name}: {side}, wall', got['wall'], 's', False))
       rows.append(_row(f'{name}: {side}, peak', got['peak'] / 2**20, 'MiB', False))
@@ -250,6 +264,11 @@ class Bench:
     return json.loads(ran.stdout.splitlines()[-1])
 
 
+def _agree(other, ours, theirs):
+  if any(abs(x - y) > 1e-3 for x, y in zip(ours, theirs, strict=True)):
+    raise SystemExit(f'{other} gives {theirs}, ours are {ours}: not the same model.')
+
+
 def _said(work: Work) -> str:
   prompts = '' if work.prompts == 1 else f'{work.prompts} prompts, '
   truncated = '' if work.top_p == 1 else f', top-p {work.top_p:g}'
@@ -277,7 +296,10 @@ def _child(args) -> int:
   if args.side in ('hf', 'tunix'):
     result = {'hf': _hf, 'tunix': _tunix}[args.side](work, args.folder, args.repeats)
   else:
-    sides = {'make': _make, 'ours': _ours, 'whole': _whole, 'each': _each, 'copied': _copied, 'share': _share, 'programs': _programs}
+    sides = {
+        'make': _make, 'ours': _ours, 'uncut': _uncut, 'each': _each, 'copied': _copied, 'share': _share,
+        'programs': _programs, 'shared': _shared, 'whole': _whole,
+    }
     shape = SMOKE if args.tiny else {'mid': MID, 'tiny': TINY}[work.model]
     result = sides[args.side](work, args.folder, args.repeats, shape)
   print(json.dumps(result))
@@ -410,7 +432,7 @@ def _ours(work, folder, repeats, shape, share_trunks=True):
   return {**result, 'logits': _next_logits(engine.model, params, prompts.tokens)}
 
 
-def _whole(work, folder, repeats, shape):
+def _uncut(work, folder, repeats, shape):
   """The same engine without trunks."""
   return _ours(work, folder, repeats, shape, share_trunks=False)
 
@@ -607,6 +629,54 @@ def _programs(work, folder, repeats, shape):
       engine.generate(params, prompts, dataclasses.replace(tasks, visit=np.full(len(tasks.prompt), visit, np.int32)))
     passes.append(len(compiled))
   return {'first': passes[0], 'second': passes[1] - passes[0]}
+
+
+def _scalar(work, folder, shape):
+  """The model with a scalar head, its parameters, the prompt and k trajectories."""
+  import jax
+  import numpy as np
+  from spct_jax.models import hf, reward_head
+  from spct_jax.models.transformer import Transformer
+
+  model, params = hf.load(folder)
+  model = Transformer(dataclasses.replace(model.config, head_kind='scalar'))
+  params = {**params, 'reward': reward_head.init(jax.random.key(1), model.config)}
+  return model, params, _prompts(work, shape['vocab'])[0], np.random.default_rng(1).integers(
+      1, shape['vocab'], (work.k, work.N)
+  ).astype(np.int32)
+
+
+def _shared(work, folder, repeats, shape):
+  from spct_jax.sampling.scoring import Scorer
+
+  model, params, prompt, suffixes = _scalar(work, folder, shape)
+  compiled, scorer = _counted(), Scorer(model=model, mesh=None, rows=32)
+  given = params, [prompt.tolist()], suffixes.tolist(), [0] * work.k
+  result = _timed(lambda: scorer.rewards(*given), repeats)
+  return {**result, 'compiled': len(compiled), 'rewards': scorer.rewards(*given)[:4].tolist()}
+
+
+def _whole(work, folder, repeats, shape):
+  """Each trajectory with its own prompt: as fast as this library can do that (`Transformer.apply` is slower)."""
+  import jax
+  import jax.numpy as jnp
+  import numpy as np
+  from spct_jax.models import blockwise
+
+  model, params, prompt, suffixes = _scalar(work, folder, shape)
+
+  @jax.jit
+  def score(params, tokens):
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    attend = lambda ref, q, k, v, cache: (blockwise.causal(q, k, v, model.config.score_scale(ref.config)), cache)
+    x, _ = model.run_layers(params, model.embed(params, tokens), positions, attend)
+    return model.rewards(params, x, jnp.full(tokens.shape[0], tokens.shape[1]))
+
+  rows = np.concatenate([np.broadcast_to(prompt, (work.k, work.P)), suffixes], axis=1)
+  compiled, at_once = _counted(), min(8, work.k)
+  run = lambda: [np.asarray(score(params, rows[i : i + at_once])) for i in range(0, work.k, at_once)]
+  result = _timed(run, repeats)
+  return {**result, 'compiled': len(compiled), 'rewards': run()[0][:4].tolist()}
 
 
 if __name__ == '__main__':

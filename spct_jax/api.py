@@ -22,23 +22,31 @@ from ml_collections import ConfigDict
 from spct_jax import pages, sharding, types
 from spct_jax.algos import voting
 from spct_jax.judges import endings, grm, prompts
+from spct_jax.judges import expected as expected_scores
 from spct_jax.models import hf, unrolled
 from spct_jax.models.transformer import Transformer
 from spct_jax.sampling.engine import Engine
+from spct_jax.sampling.scoring import Scorer
 from spct_jax.stages import loading, named, workdir
+from spct_jax.text import spellings
 from spct_jax.text import tokenizer as tokenizers
 from spct_jax.train import lora, peft
 
 _LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768)  # prompt buckets, in tokens
+_ROWS = 16  # judgements that are scored at once on a device, where scores are expected ones
 
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-  """One judgement: what the judge wrote, and its score per response (None if it did not parse; `parse` says why)."""
+  """One judgement: what the judge wrote, and its score per response (None if it did not parse; `parse` says why).
+
+  `expected`: the mean of each score over all that the judge might have written at its place, where asked for.
+  """
 
   critique: str
   scores: tuple[int, ...] | None
   parse: str
+  expected: tuple[float, ...] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,6 +133,7 @@ class RewardModel:
       uid: str | None = None,
       early: str = 'none',
       early_alpha: float = 0.05,
+      expected: bool = False,
   ) -> Verdict:
     """Judges n >= 1 responses with k samples.
 
@@ -133,6 +142,7 @@ class RewardModel:
     early: 'exact' stops once no outcome of the other samples can change which of n >= 2 responses is best: `best` is
       that of all k samples, `scores` are the sums of those that were needed. 'statistical' stops when another best is
       unlikely: its chance is at most `early_alpha`.
+    expected: votes are expected scores: the exact probability of every score is used, not the one that was drawn.
     """
     example = _example(query_or_messages, responses, uid)
     if k < 1:
@@ -143,6 +153,12 @@ class RewardModel:
           f'early: got {early!r} with one response; what a single response gets is its score, which every sample '
           "changes: leave early='none'"
       )
+    if rule is not None and expected:
+      raise ValueError(
+          f'early: got {early!r} with expected=True; votes stop when the drawn scores have decided, which expected ones '
+          "have not: leave one of them out"
+      )
+    spelling = spellings.of(self.tokenizer) if expected else None
     judged = grm.judge(self._judge(k, seed), [example], samples=k, stage='score', early=rule)
     if judged.overlong:
       raise ValueError(
@@ -150,14 +166,28 @@ class RewardModel:
           'max_prompt_tokens'
       )
     arrays = judged.judgments
-    totals = np.asarray(voting.vote(arrays.scores, arrays.valid, arrays.response_mask))[0]
+    samples = tuple(map(_sample, judged.grouped[0], self._expected(judged.grouped[0], spelling)))
+    scores = arrays.scores
+    if expected:
+      scores = np.asarray([[sample.expected or sample.scores or [0] * len(responses) for sample in samples]], np.float32)
+    totals = np.asarray(voting.vote(scores, arrays.valid, arrays.response_mask))[0]
     draw = int(hashlib.blake2b(f'{seed}:{example.uid}'.encode(), digest_size=4).hexdigest(), 16) / 2**32
     best = int(voting.winner(totals[None], arrays.response_mask, np.asarray([draw], np.float32))[0])
     return Verdict(
         scores=tuple(float(total) for total in totals),
         best=best if arrays.valid.any() else None,
-        samples=tuple(_sample(trajectory) for trajectory in judged.grouped[0]),
+        samples=samples,
         votes_saved=k - len(judged.grouped[0]),
+    )
+
+  def _expected(self, trajectories, spelling) -> list[expected_scores.Expected | None]:
+    if spelling is None:
+      return [None] * len(trajectories)
+    scorer = Scorer(self.decoder, self.mesh, _ROWS * sharding.data_ways(self.mesh))
+    scale = prompts.SCALES['pointwise']
+    return expected_scores.of(
+        functools.partial(scorer.masses, self.params), trajectories, [scale] * len(trajectories),
+        spelling=spelling, temperature=self.temperature,
     )
 
   def _judge(self, k: int, seed: int) -> grm.Judge:
@@ -191,15 +221,18 @@ def _engine(decoder, mesh, cache_rules, rows, max_new_tokens, eos_ids, seed):
   )
 
 
-def _sample(trajectory: types.Trajectory) -> Sample:
+def _sample(trajectory: types.Trajectory, expected: expected_scores.Expected | None) -> Sample:
   """Scores in the order of the caller's responses: the shown order is undone."""
-  scores = None
-  if trajectory.scores is not None:
-    own = [0] * len(trajectory.order)
+  def own(shown):
+    if shown is None:
+      return None
+    out = [0] * len(trajectory.order)
     for slot, response in enumerate(trajectory.order):
-      own[response] = trajectory.scores[slot]
-    scores = tuple(own)
-  return Sample(trajectory.text, scores, trajectory.parse)
+      out[response] = shown[slot]
+    return tuple(out)
+
+  means = None if expected is None else expected.scores
+  return Sample(trajectory.text, own(trajectory.scores), trajectory.parse, own(means))
 
 
 def _example(query, responses, uid) -> types.Example:

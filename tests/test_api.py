@@ -1,17 +1,20 @@
 """The three-line use, on a Hugging Face folder and on a workdir."""
 
+import functools
 
 import jax
 import numpy as np
 import pytest
 
 import spct_jax
-from spct_jax.judges import grm
+from spct_jax import types
+from spct_jax.judges import expected, grm
 from spct_jax.models import hf, unrolled
 from spct_jax.models.config import BlockConfig, ModelConfig
 from spct_jax.models.transformer import Transformer
+from spct_jax.sampling.scoring import Scorer
 from spct_jax.testing.scripted import ScriptedEngine, verdict
-from spct_jax.text import tokenizer
+from spct_jax.text import spellings, tokenizer
 from spct_jax.train import lora, peft
 
 
@@ -99,6 +102,26 @@ def test_every_sample_of_a_random_judge_votes_where_its_score_line_is_constraine
     judge.score('Which?', list('abcde'), k=1)
   with pytest.raises(ValueError, match='a tuple of strings'):
     spct_jax.RewardModel.load(folder, stop_strings='END')
+
+
+# Seen to fail: expected scores left in the order that was shown; sums of sampled scores returned.
+def test_votes_by_expected_scores(judge, monkeypatch):
+  engine = ScriptedEngine(judge.tokenizer, lambda info: verdict(info, (3, 9)), max_new_tokens=96)
+  real = spct_jax.RewardModel._judge
+  asked = lambda self, k, seed: grm.Judge(engine, self.tokenizer, real(self, k, seed).settings)
+  monkeypatch.setattr(spct_jax.RewardModel, '_judge', asked)
+  found = judge.score('Which?', ['a', 'b'], k=4, expected=True, uid='x')
+  example = types.Example(uid='x', messages=(types.Message('user', 'Which?'),), responses=('a', 'b'))
+  (drawn,) = grm.judge(asked(judge, 4, 0), [example], samples=4, stage='score').grouped
+  assert len({t.order for t in drawn}) == 2
+  shown = expected.of(
+      functools.partial(Scorer(judge.decoder, None, 1).masses, jax.device_put(judge.params, jax.devices()[0])), drawn,
+      [(1, 10)] * 4, spelling=spellings.of(judge.tokenizer), temperature=judge.temperature,
+  )
+  want = np.asarray([np.asarray(one.scores)[np.argsort(t.order)] for one, t in zip(shown, drawn)])
+  np.testing.assert_allclose([sample.expected for sample in found.samples], want, rtol=1e-4)
+  np.testing.assert_allclose(found.scores, want.sum(axis=0), rtol=1e-4)
+  assert found.samples[0].scores == (3, 9) and found.best == np.argmax(want.sum(axis=0))
 
 
 @pytest.mark.parametrize(

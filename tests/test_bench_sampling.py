@@ -8,13 +8,13 @@ import sys
 SCRIPT = pathlib.Path(__file__).resolve().parents[1] / 'experiments' / 'bench_sampling.py'
 
 
-def test_two_bars_run_and_are_written(tmp_path):
+def test_three_bars_run_and_are_written(tmp_path):
   out = tmp_path / 'rows.json'
-  flags = ['--tiny', '--repeats=1', '--bars=memory,share', f'--json={out}']
+  flags = ['--tiny', '--repeats=1', '--bars=memory,share,meta', f'--json={out}']
   ran = subprocess.run([sys.executable, str(SCRIPT), *flags], capture_output=True, text=True, timeout=600)
   assert ran.returncode == 0, ran.stderr[-2000:]
   rows = json.loads(out.read_text())
-  assert {row['name'].split(':')[0] for row in rows} == {'memory', 'share'}
+  assert {row['name'].split(':')[0] for row in rows} == {'memory', 'share', 'meta'}
   assert all(set(row) == {'name', 'value', 'unit', 'higher_is_better', 'goal', 'floor'} for row in rows)
   assert all(row['value'] > 0 for row in rows)
   assert 0 < next(row['value'] for row in rows if row['name'].startswith('share: useful of the rows paid')) <= 1

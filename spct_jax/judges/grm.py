@@ -157,16 +157,20 @@ def prompt_of(
     example: types.Example, order: Sequence[int], *, settings: Settings, hinted: bool
 ) -> types.Prompt:
   """The judge's prompt for one order of the example's responses; the hint names the shown slot."""
-  single = len(example.responses) == 1 and settings.single == 'binary'
   return prompts.build(
       example,
       tuple(order),
       settings.template,
-      mode='single' if single else 'pointwise',
+      mode=mode(len(example.responses), settings),
       hint=example.label if hinted else None,
       principles=example.principles if settings.given_principles else None,
       reference=example.reference if settings.reference_answer else None,
   )
+
+
+def mode(responses: int, settings: Settings) -> str:
+  """Which prompt, and so which scale (`prompts.SCALES`), an item of so many responses gets."""
+  return 'single' if responses == 1 and settings.single == 'binary' else 'pointwise'
 
 
 def prompt_ids(prompt: types.Prompt, tokenizer: Tokenizer) -> tuple[int, ...]:

@@ -6,6 +6,7 @@ sampled token ids are appended as they are; re-encoding their text could give ot
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -13,8 +14,8 @@ from spct_jax import types
 from spct_jax.judges import grm, prompts
 from spct_jax.text.tokenizer import Tokenizer
 
-# (tokens int32[Q, L], lengths int32[Q]) -> meta rewards float32[Q], numpy in and out.
-Score = Callable[[np.ndarray, np.ndarray], np.ndarray]
+# (prompts, suffixes, the prompt of each suffix, on_rows) -> float32[Q]: `sampling.scoring.Scorer.rewards` of a model.
+Score = Callable[[Sequence[Sequence[int]], Sequence[Sequence[int]], Sequence[int], Callable[[int], None] | None], Any]
 
 
 def reader(
@@ -37,31 +38,26 @@ def reader(
 
 def score(
     score_fn: Score,
-    rows: Sequence[Sequence[int]],
+    rows: Sequence[tuple[Sequence[int], Sequence[int]]],
     *,
-    buckets: tuple[int, ...],
-    batch_rows: int,
-    pad_id: int,
-    on_batch: Callable[[int], None] | None = None,
+    limit: int,
+    on_rows: Callable[[int], None] | None = None,
 ) -> np.ndarray:
-  """Meta rewards float32[len(rows)]; NaN for a row longer than the last bucket, which then never leads.
+  """Meta rewards float32[len(rows)] of (what is read before, sampled ids); NaN over `limit` tokens: it never leads.
 
-  Rows are scored `batch_rows` at a time, those of a shorter bucket first, otherwise in their given order; each batch
-  is padded to the smallest bucket that holds it. So the composition of a batch depends on the rows alone, and few
-  short rows are padded to the longest.
+  Rows whose first part is the same, which samples of one item and order are, share one pass over it.
+  `on_rows` is told how many more rows are scored.
   """
   out = np.full(len(rows), np.nan, np.float32)
-  bucket = np.searchsorted(buckets, [len(row) for row in rows])
-  fits = [i for i in np.argsort(bucket, kind='stable').tolist() if bucket[i] < len(buckets)]
-  for start in range(0, len(fits), batch_rows):
-    index = fits[start : start + batch_rows]
-    width = buckets[bucket[index[-1]]]  # the last row is of the longest bucket
-    tokens = np.full((batch_rows, width), pad_id, np.int32)
-    lengths = np.ones(batch_rows, np.int32)
-    for r, i in enumerate(index):
-      tokens[r, : len(rows[i])] = rows[i]
-      lengths[r] = len(rows[i])
-    out[index] = np.asarray(score_fn(tokens, lengths))[: len(index)]
-    if on_batch is not None:
-      on_batch(len(index))
+  fits = [i for i, (prompt, ids) in enumerate(rows) if len(prompt) + len(ids) <= limit]
+  known: dict[tuple[int, ...], int] = {}
+  suffixes, prompt_of = [], []
+  for i in fits:
+    prompt, ids = map(tuple, rows[i])
+    if not ids:  # the reward is then read at the last token of the prompt
+      prompt, ids = prompt[:-1], prompt[-1:]
+    suffixes.append(ids)
+    prompt_of.append(known.setdefault(prompt, len(known)))
+  if fits:
+    out[fits] = score_fn(list(known), suffixes, prompt_of, on_rows)
   return out

@@ -90,6 +90,18 @@ def read(text: str, n: int, low: int = 1, high: int = 10, truncated: bool = Fals
   return _content(answer[last:dict(closed)[last]], n, low, high)
 
 
+def box(text: str, n: int, low: int = 1, high: int = 10) -> tuple[int, int] | None:
+  """Where the scores stand that `read` gives: the span of what is inside the first box that says them, or None."""
+  if read(text, n, low, high).scores is None:
+    return None
+  answer = _after_thinking(text)
+  closed, opened = _boxes(answer)
+  start, _ = _score_lines(answer, sorted([box[0] for box in closed] + opened))
+  first = max(a for a, _ in closed) if start is None else min(a for a, _ in closed if a >= start)
+  offset = len(text) - len(answer)  # what follows a thought is the end of the text
+  return offset + first, offset + dict(closed)[first]
+
+
 def _after_thinking(text: str) -> str | None:
   """What follows the last closed thought; None where a thought is left open."""
   start, is_open, unopened = 0, False, []

@@ -8,6 +8,7 @@ from typing import Any
 from spct_jax.data import instructions, stream
 from spct_jax.judges import endings, grm
 from spct_jax.stages import datasets, loading, named, trackers
+from spct_jax.text import spellings
 from spct_jax.train import update
 
 ORDERS = ('shuffle', 'balanced', 'fixed')
@@ -164,7 +165,7 @@ def evaluation(config: Any, mesh: Any) -> None:
   if fields.single not in ('binary', 'scale'):
     raise ValueError(f"evaluate.single: got {fields.single!r}; allowed: 'binary', 'scale'")
   _at_least('evaluate.show', fields.show, 0)
-  if fields.meta or fields.instructions:
+  if fields.meta or fields.instructions or fields.expected:
     _at_least('evaluate.meta_batch', fields.meta_batch, 1)
     try:
       update.check_rows(fields.meta_batch, 1, mesh)
@@ -173,6 +174,8 @@ def evaluation(config: Any, mesh: Any) -> None:
   if fields.instructions:
     _ascending('sft.buckets', config.sft.buckets)  # the lengths of its rows
     instructions.load(fields.instructions, strict=config.strict)  # says what is wrong with the file
+  if fields.expected:
+    spellings.of(loading.tokenizer(config))  # an error where it cannot be told what its tokens add to a text
   if fields.meta:
     if fields.soft and not fields.soft_temperature > 0:
       raise ValueError(f'evaluate.soft_temperature: got {fields.soft_temperature}; allowed: above 0')
@@ -217,6 +220,11 @@ def _early(config: Any) -> None:
     raise ValueError(
         f'evaluate.early: got {fields.early!r} with evaluate.meta={fields.meta!r}; the meta-RM picks the voters among '
         "all samples, so no vote is decided before the last: set evaluate.meta='', or evaluate.early='none'"
+    )
+  if fields.expected:
+    raise ValueError(
+        f'evaluate.early: got {fields.early!r} with evaluate.expected; votes stop when the drawn scores have decided, '
+        'which expected ones have not: leave one of them out'
     )
   try:
     grm.check_early(rule, orders=fields.orders, samples=fields.samples, chunk_tasks=judge.chunk_tasks)

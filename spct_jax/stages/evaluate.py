@@ -4,7 +4,7 @@
              every model, so that models are compared on the same draws
     greedy   temperature 0 under two orders, so that it too has an order-flip rate
     votes    k of `ks`: plain, guided hard (the k_meta best by the meta-RM) and soft (a named departure), and what
-             guidance gains over the plain vote of the same samples
+             guidance gains over the plain vote of the same samples; `evaluate.expected`: also by expected scores
     early    votes that stop once they are decided (`evaluate.early`): then the one vote is of all samples, plain, and
              what needs the others is left out
     general  held-out instruction data: which answers greedy decoding reproduces, and their likelihood
@@ -25,7 +25,9 @@ import numpy as np
 
 from spct_jax import records, types
 from spct_jax.algos import metrics
-from spct_jax.judges import grm, meta
+from spct_jax.judges import expected, grm, meta, prompts
+from spct_jax.models.transformer import Transformer
+from spct_jax.sampling.scoring import Scorer
 from spct_jax.stages import (
     checks, console, datasets, drawing, exhibit, figures, general, loading, logbook, measure, meta_rm, named,
     processes, report, results, samplers, trackers,
@@ -33,6 +35,7 @@ from spct_jax.stages import (
 from spct_jax.stages import workdir as workdirs
 from spct_jax.stages.progress import Progress
 from spct_jax.stages.workdir import Workdir
+from spct_jax.text import spellings
 
 READS = ()
 WRITES = (
@@ -111,7 +114,12 @@ def run(config: Any, workdir: Workdir, mesh: Any, generate: Any = None) -> None:
       logits = _meta_scores(
           config, score, examples, drawn, settings, tok, folder / f'{file}-meta.jsonl', said
       )
-    pool = measure.pool_of(examples, drawn, samples=fields.samples, logits=logits)
+    means = None
+    if fields.expected:
+      means = _expected_scores(
+          config, decoder, params, mesh, drawn, settings, tok, folder / f'{file}-expected.jsonl', said
+      )
+    pool = measure.pool_of(examples, drawn, samples=fields.samples, logits=logits, expected=means)
     first = {t.uid: t for t in drawn if t.sample == 0}
     tracked = trackers.measure(watch, grm.group(examples, drawn))
     greedy = None
@@ -139,7 +147,7 @@ def _clear(path: pathlib.Path) -> None:
 def _meta_scorer(config, workdir, mesh, tok):
   decoder = loading.model(config, tok, name=config.evaluate.meta, head_kind='scalar')
   params = loading.params(config, config.evaluate.meta, decoder, workdir, mesh)
-  return meta_rm.scorer(decoder, params, mesh)
+  return meta_rm.scorer(decoder, params, mesh, config.evaluate.meta_batch)
 
 
 def _meta_scores(config, score, examples, drawn, settings, tok, path, name):
@@ -147,16 +155,9 @@ def _meta_scores(config, score, examples, drawn, settings, tok, path, name):
   if not processes.as_writer_says(path.exists, what='meta scores'):
     by_uid = {example.uid: example for example in examples}
     prompt_ids = meta.reader(template=settings.template, tokenizer=tok)
-    rows = [prompt_ids(by_uid[t.uid], t.order) + t.token_ids for t in drawn]
+    rows = [(prompt_ids(by_uid[t.uid], t.order), t.token_ids) for t in drawn]
     with Progress(total=len(rows), desc=f'evaluate {name}, meta-RM') as progress:
-      logits = meta.score(
-          score,
-          rows,
-          buckets=tuple(config.meta_rm.buckets),
-          batch_rows=config.evaluate.meta_batch,
-          pad_id=tok.pad_id,
-          on_batch=progress.update,
-      )
+      logits = meta.score(score, rows, limit=config.meta_rm.buckets[-1], on_rows=progress.update)
     lost = int(np.isnan(logits).sum())
     if lost:
       processes.say(
@@ -172,6 +173,35 @@ def _meta_scores(config, score, examples, drawn, settings, tok, path, name):
       (row['uid'], row['sample']): np.nan if row['logit'] is None else row['logit']
       for row in records.read_jsonl(path)
   }
+
+
+def _expected_scores(config, decoder, params, mesh, drawn, settings, tok, path, name):
+  """{(uid, sample): expected scores as shown, or None}, from the file if an earlier run has them."""
+  if not processes.as_writer_says(path.exists, what='expected scores'):
+    model = Transformer(dataclasses.replace(decoder.config, remat=False))
+    masses = functools.partial(Scorer(model, mesh, config.evaluate.meta_batch).masses, params)
+    scales = [prompts.SCALES[grm.mode(len(t.order), settings)] for t in drawn]
+    with Progress(total=len(drawn), desc=f'evaluate {name}, expected scores') as progress:
+      told = expected.of(
+          functools.partial(masses, on_rows=progress.update), drawn, scales, spelling=spellings.of(tok),
+          temperature=settings.temperature,
+      )
+    found = [
+        {
+            'schema': 'expected/1', 'uid': t.uid, 'sample': t.sample,
+            'scores': None if one is None else list(one.scores), 'lost': None if one is None else one.lost.tolist(),
+        }
+        for t, one in zip(drawn, told)
+    ]
+    processes.only_writer(lambda: records.write_jsonl(path, found), what=f'writing {path}')
+  rows = list(records.read_jsonl(path))
+  lost = [share for row in rows for share in row['lost'] or ()]
+  if lost:
+    processes.say(
+        f'evaluate {name}: expected scores of {sum(row["scores"] is not None for row in rows)} of {len(rows)} '
+        f'judgements; at {len(lost)} places {results.percent(float(np.mean(lost)))} of the probability went elsewhere'
+    )
+  return {(row['uid'], row['sample']): row['scores'] for row in rows}
 
 
 def publish(
@@ -212,6 +242,7 @@ def publish(
   shown = _exhibits(items, found, threshold, show=fields.show)
   told = [{'stage': stage, **said.general} for stage, said in found.items() if said.general is not None]
   notes = _notes(items, pools, data, threshold, ks=tuple(fields.ks), early=fields.early)
+  notes += [_by_expected(stage, rows, fields.benchmark) for stage, pool in pools.items() if pool.expected is not None]
   said_of = {stage: trackers.sentence(said.tracked) for stage, said in found.items()}
   notes += [f'{stage}: {words}' for stage, words in said_of.items() if words]
   if instructions is not None:
@@ -243,6 +274,16 @@ def publish(
     processes.say('', exhibit.console(one))
   processes.say(*console.table(rows), *console.instructions(told), '')
   processes.say(f'evaluate: report in {workdir.path / "report.md"}')
+
+
+def _by_expected(stage: str, rows: list[dict[str, Any]], benchmark: str) -> str:
+  """A sentence on what votes by expected scores give."""
+  told = ', '.join(
+      f'k = {row["k"]} {results.percent(row["expected_accuracy"])} ({results.points(row["expected_gain"])})'
+      for row in results.whole(rows, benchmark)
+      if row['stage'] == stage and 'expected_accuracy' in row
+  )
+  return f'{stage}: votes by the expected scores of the same samples, and what they gain: {told}'
 
 
 def _exhibits(items: measure.Items, found: dict[str, Said], threshold: float, *, show: int) -> list[exhibit.Exhibit]:

@@ -30,6 +30,7 @@ class Pool:
   valid: np.ndarray  # bool[B, K]
   order: np.ndarray  # int32[B, K, N], -1 beyond the last slot and where nothing was drawn
   meta: np.ndarray | None  # float32[B, K], the meta-RM's logits
+  expected: np.ndarray | None = None  # float32[B, K, N], expected scores; where there is none, the sampled one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,8 +63,12 @@ def pool_of(
     *,
     samples: int,
     logits: dict[tuple[str, int], float] | None,
+    expected: dict[tuple[str, int], tuple[float, ...] | None] | None = None,
 ) -> Pool:
-  """Stacks trajectories; items without any (over-long) are all invalid."""
+  """Stacks trajectories; items without any (over-long) are all invalid.
+
+  `expected` are expected scores in the order that the sample saw.
+  """
   grouped = grm.group(examples, drawn)
   judged = grm.judgments([len(e.responses) for e in examples], grouped)
   b, n = judged.response_mask.shape
@@ -72,12 +77,17 @@ def pool_of(
   valid[:, : judged.valid.shape[1]] = judged.valid
   order = np.full((b, samples, n), -1, np.int32)
   meta_score = np.full((b, samples), np.nan, np.float32)
+  means = scores.astype(np.float32)
   for i, group in enumerate(grouped):
     for j, trajectory in enumerate(group):
       order[i, j, : len(trajectory.order)] = trajectory.order
+      if expected is not None and expected[trajectory.uid, trajectory.sample] is not None:
+        means[i, j, list(trajectory.order)] = expected[trajectory.uid, trajectory.sample]
       if logits is not None:
         meta_score[i, j] = logits[trajectory.uid, trajectory.sample]
-  return Pool(scores, valid, order, meta_score if logits is not None else None)
+  return Pool(
+      scores, valid, order, meta_score if logits is not None else None, means if expected is not None else None
+  )
 
 
 def rows_of(
@@ -123,6 +133,8 @@ def rows_of(
         measured, credit = _measured(pool, items, part, k=k, guide=guide, threshold=threshold)
         if guided is False:
           plain = credit
+          if pool.expected is not None:
+            measured |= _expected(pool, items, part, credit, k=k, threshold=threshold)
         else:
           measured |= _gain(credit, plain, items, part)
         if early:
@@ -143,6 +155,15 @@ def _stopped(pool: Pool, part: np.ndarray) -> dict[str, float | None]:
   drawn &= part[:, None]
   failed = float(1 - pool.valid[drawn].mean()) if drawn.any() else None
   return {'parse_failure': failed, 'auc': None, 'votes_saved': votes_saved(pool, part)}
+
+
+def _expected(pool: Pool, items: Items, part, plain: np.ndarray, *, k: int, threshold: float) -> dict[str, float]:
+  """What the same votes give by expected scores, and how much more than by the sampled ones."""
+  by_means = dataclasses.replace(pool, scores=pool.expected)
+  fields, credit = _measured(by_means, items, part, k=k, guide={}, threshold=threshold)
+  gains = _gain(credit, plain, items, part)
+  kept = {name: fields[name] for name in ('accuracy', 'stderr', 'low', 'high', 'ties', 'auc')}
+  return {f'expected_{name}': value for name, value in (kept | gains).items()}
 
 
 def _gain(credit: np.ndarray, plain: np.ndarray, items: Items, part: np.ndarray) -> dict[str, float]:

@@ -8,19 +8,22 @@
 A share of the items is held out - all their trajectories with them - and measures ROC-AUC.
 """
 
+import dataclasses
 import functools
 import json
 from typing import Any
 
 import numpy as np
 
-from spct_jax import sharding, types
+from spct_jax import types
 from spct_jax.algos import metrics
 from spct_jax.data import heldout, stream
 from spct_jax.judges import grm, meta
+from spct_jax.models.transformer import Transformer
+from spct_jax.sampling.scoring import Scorer
 from spct_jax.stages import checks, datasets, drawing, fit, loading, named, processes, sample, samplers
 from spct_jax.stages.workdir import Workdir
-from spct_jax.train import batches, objectives, update
+from spct_jax.train import batches, lora, objectives
 
 READS = ('sample/trajectories.jsonl',)
 WRITES = ('meta_rm/trajectories.jsonl', 'meta_rm/data.json', 'meta_rm/checkpoint', 'meta_rm/DONE.json')
@@ -34,15 +37,12 @@ def targets(
   return [correct[i, : len(group)] for i, group in enumerate(grouped)]
 
 
-def scorer(decoder: Any, params: Any, mesh: Any) -> meta.Score:
-  """Host arrays in and out: the meta-RM as a function of padded token ids."""
-  logit = objectives.meta_logit(decoder, mesh)
-
-  def score(tokens, lengths):
-    batch = update.put_batch({'tokens': tokens, 'lengths': lengths}, mesh)
-    return np.asarray(sharding.to_host(logit(params, batch)))
-
-  return score
+def scorer(decoder: Transformer | lora.Adapted, params: Any, mesh: Any, rows: int) -> meta.Score:
+  """The meta-RM as a function of token ids, which takes `rows` trajectories at once; a prompt is read once for all."""
+  if isinstance(decoder, lora.Adapted):
+    decoder, params = decoder.model, decoder.join(params)
+  model = Transformer(dataclasses.replace(decoder.config, remat=False))
+  return functools.partial(Scorer(model, mesh, rows).rewards, params)
 
 
 def run(config: Any, workdir: Workdir, mesh: Any, generate: Any = None) -> None:
@@ -125,16 +125,14 @@ def run(config: Any, workdir: Workdir, mesh: Any, generate: Any = None) -> None:
       batch_of=batch_of,
       steps=fields.steps,
   )
-  score = scorer(trained, params, mesh)
+  score = scorer(trained, params, mesh, fields.batch // fields.microbatches)
   # Of the training rows as many as are held out, and at least 1,000: enough to see a fit that does not carry over.
   spread = np.unique(np.linspace(0, len(train) - 1, min(len(train), max(len(held), 1000))).round().astype(int))
   for name, rows in (('train', [train[i] for i in spread]), ('heldout', held)):
     logits = meta.score(
         score,
-        [row.prompt_ids + row.completion_ids for row, _ in rows],
-        buckets=tuple(fields.buckets),
-        batch_rows=fields.batch // fields.microbatches,
-        pad_id=tok.pad_id,
+        [(row.prompt_ids, row.completion_ids) for row, _ in rows],
+        limit=fields.buckets[-1],
     )
     positive = np.asarray([target for _, target in rows], bool)
     both = 0 < positive.sum() < len(rows)

@@ -10,9 +10,10 @@ A row is flat: one accuracy of one stage on one benchmark, with what belongs bes
 
 and may hold more, such as low and high (the 95 % interval), accuracy_judged, order_flip, overlong,
 auc. A guided row has gain, gain_stderr, gain_low and gain_high: its accuracy minus that of the plain
-vote of as many samples, on the same blocks of the same samples, paired by item. A row of votes that
-stop early has votes_saved, the share of the samples that they did not need. A number that does
-not exist (no item, not finite) is None, null in the file.
+vote of as many samples, on the same blocks of the same samples, paired by item. A plain row has, where
+asked for, what the same votes give by expected scores: expected_accuracy, expected_gain and so on. A row
+of votes that stop early has votes_saved, the share of the samples that they did not need. A number that
+does not exist (no item, not finite) is None, null in the file.
 """
 
 import decimal
@@ -69,8 +70,11 @@ _REQUIRED: dict[str, tuple[str, Callable[[Any], bool]]] = {
   'parse_failure': ('a share in 0..1, or None', _is_share),
   'ties': ('a share in 0..1, or None', _is_share),
 }
-_OPTIONAL_GAINS = ('gain', 'gain_low', 'gain_high')
-_OPTIONAL_SHARES = ('low', 'high', 'accuracy_judged', 'order_flip', 'resample_flip', 'auc', 'votes_saved')
+_OPTIONAL_GAINS = ('gain', 'gain_low', 'gain_high', 'expected_gain', 'expected_gain_low', 'expected_gain_high')
+_OPTIONAL_SHARES = (
+  'low', 'high', 'accuracy_judged', 'order_flip', 'resample_flip', 'auc', 'votes_saved', 'expected_accuracy',
+  'expected_auc',
+)
 
 
 def validated(rows: Sequence[Mapping[str, Any]]) -> list[Row]:

@@ -215,11 +215,3 @@ def token_logp(model: Any, mesh: Any, *, chunk: int = 0, replay: bool = False) -
     scores = kept_scores if replay else token_scores
     return scores(model, params, batch, temperature=temperature, chunk=chunk, entropy=False)[0]
   return jax.jit(logp, out_shardings=sharding.batch_rows(mesh))
-
-
-def meta_logit(model: Any, mesh: Any) -> Callable:
-  """A jitted `(params, batch) -> logit float32[Q]` of a model with the scalar head."""
-  def logit(params, batch):
-    tokens, lengths = _columns(batch, 'tokens', 'lengths')
-    return model.apply({'params': params}, tokens, lengths=lengths)
-  return jax.jit(logit, out_shardings=sharding.batch_rows(mesh))

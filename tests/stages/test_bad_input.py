@@ -231,6 +231,10 @@ FIELDS = {
     'no such instructions': (
         {'evaluate.instructions': '/nowhere/general.jsonl'}, ('/nowhere/general.jsonl',), 'evaluate'
     ),
+    'meta_batch for expected scores': (
+        {'evaluate.meta': '', 'evaluate.expected': True, 'evaluate.meta_batch': 0},
+        ('evaluate.meta_batch', 'got 0', 'at least 1'), 'evaluate',
+    ),
     'meta_batch for instructions': (
         {'evaluate.meta': '', 'evaluate.instructions': 'builtin:instructions', 'evaluate.meta_batch': 0},
         ('evaluate.meta_batch', 'got 0', 'at least 1'), 'evaluate',

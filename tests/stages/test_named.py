@@ -172,7 +172,7 @@ def test_evaluation_of_folders_with_a_folder_as_meta_rm(config, tok, mesh, tmp_p
   reward = write(tmp_path / 'reward', scalar, 3)
   config.evaluate.models = (str(tmp_path / 'a' / 'judge'), str(tmp_path / 'b' / 'judge'))
   config.evaluate.meta, config.evaluate.greedy = str(tmp_path / 'reward'), False
-  config.evaluate.samples, config.evaluate.ks = 2, (1, 2)
+  config.evaluate.samples, config.evaluate.ks, config.evaluate.expected = 2, (1, 2), True
   script = lambda info: scripted.verdict(info, tuple(range(1, len(info.order) + 1)))
   engine = scripted.ScriptedEngine(tok, script, max_new_tokens=config.judge.max_new_tokens)
 
@@ -192,7 +192,14 @@ def test_evaluation_of_folders_with_a_folder_as_meta_rm(config, tok, mesh, tmp_p
   example = {e.uid: e for e in datasets.load(config).heldout}[drawn[0].uid]
   settings = loading.judge_settings(config, config.evaluate, orders='shuffle', single='scale')
   ids = [*meta.reader(template=settings.template, tokenizer=tok)(example, drawn[0].order), *drawn[0].token_ids]
-  alone = meta_rm.scorer(scalar, reward, mesh)(np.asarray([ids], np.int32), np.asarray([len(ids)], np.int32))
+  alone = scalar.apply({'params': reward}, np.asarray([ids], np.int32))
+  means = list(records.read_jsonl(tmp_path / 'w' / 'evaluate' / files[0].replace('-meta', '-expected')))
+  assert [row['uid'] for row in means] == [t.uid for t in drawn]
+  assert all(len(row['scores']) == len(row['lost']) == len(t.order) for row, t in zip(means, drawn))
+  assert {1.0 < mean < 10.0 for row in means for mean in row['scores']} == {True}
+  plain = [row for row in json.loads((tmp_path / 'w' / 'results.json').read_text()) if row['guided'] is False]
+  assert all(0 <= row['expected_accuracy'] <= 1 and -1 <= row['expected_gain'] <= 1 for row in plain)
+  assert 'votes by the expected scores' in (tmp_path / 'w' / 'report.md').read_text()
   assert told[0]['logit'] == pytest.approx(float(alone[0]), abs=1e-4)
 
 

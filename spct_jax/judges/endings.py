@@ -66,7 +66,8 @@ def check(wanted: Endings, tokenizer: Tokenizer, max_new_tokens: int) -> None:
     need = int(table.need[starts[_LEAST]])
     if need > max_new_tokens:
       raise ValueError(
-          f'constrain_scores: a score line takes up to {need} tokens, the limit is {max_new_tokens}; raise max_new_tokens'
+          f'constrain_scores: a score line takes up to {need} tokens, the limit is {max_new_tokens}; raise '
+          'max_new_tokens'
       )
 
 

@@ -67,11 +67,12 @@ def sampling(config: Any, stage: str) -> None:
         f'of it; raise judge.rows to {k} or more, or ask for fewer samples'
     )
   _ascending('judge.buckets', judge.buckets)
-  refused = [name for name in ('stop_strings', 'stop_at_scores', 'constrain_scores') if stage != 'evaluate' and name in fields]
+  of_use = () if stage == 'evaluate' else ('stop_strings', 'stop_at_scores', 'constrain_scores')
+  refused = [name for name in of_use if name in fields]
   if refused:
     raise ValueError(
-        f'{stage}.{refused[0]}: judgements to learn from are drawn as the model writes them, to its own end; remove the '
-        f'field, or set evaluate.{refused[0]}, which is an option of use'
+        f'{stage}.{refused[0]}: judgements to learn from are drawn as the model writes them, to its own end; remove '
+        f'the field, or set evaluate.{refused[0]}, which is an option of use'
     )
   if 'orders' in fields and fields.orders not in ORDERS:
     raise ValueError(f'{stage}.orders: got {fields.orders!r}; allowed: {", ".join(ORDERS)}')

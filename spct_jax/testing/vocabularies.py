@@ -6,11 +6,11 @@ from spct_jax.text import tokenizer as tokenizers_
 
 # Pieces in which a stop or a score line begins, ends, or both.
 TRAPS = (
-    'Scores', 'Score', 'scores:', '\n\nScores:', 'Scores: ', '\nScores: \\boxed{', ': \\boxed{1', 'Output', 'Final ', 'al Sco',
-    'res', '\\b', '\\box', 'oxed', 'boxed{', '\\boxed{', 'ed{10', '{8', '8}', '10', ', ', ',1', '1, 10', ', 8}', '}\n', '}}', '}{',
-    '}\\boxed{', '} or \\boxed{2}', '\\boxed{8, 6}', 'Scores: \\boxed{8, 6}', '<th', 'ink>', '</th', '<think>', '</think>',
-    '\n<think>', 'x<think>', '</thinking>\n', '</THINK> Scores: ', '**', '## ', '\n\n', ' \n', 'word', 'a {b', '1.', '-1', ' ', 'END', 'EN', 'D.',
-    'é', '語',
+  'Scores', 'Score', 'scores:', '\n\nScores:', 'Scores: ', '\nScores: \\boxed{', ': \\boxed{1', 'Output', 'Final ',
+  'al Sco', 'res', '\\b', '\\box', 'oxed', 'boxed{', '\\boxed{', 'ed{10', '{8', '8}', '10', ', ', ',1', '1, 10',
+  ', 8}', '}\n', '}}', '}{', '}\\boxed{', '} or \\boxed{2}', '\\boxed{8, 6}', 'Scores: \\boxed{8, 6}', '<th', 'ink>',
+  '</th', '<think>', '</think>', '\n<think>', 'x<think>', '</thinking>\n', '</THINK> Scores: ', '**', '## ', '\n\n',
+  ' \n', 'word', 'a {b', '1.', '-1', ' ', 'END', 'EN', 'D.', 'é', '語',
 )  # fmt: skip
 
 
@@ -30,7 +30,8 @@ def byte_level() -> tokenizers_.Tokenizer:
   alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
   shown = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
   traps = [''.join(part for part, _ in shown.pre_tokenize_str(trap)) for trap in TRAPS]
-  vocab = {piece: at + 2 * (at > 250) for at, piece in enumerate(dict.fromkeys(['<|end|>', '<|pad|>', *alphabet, *traps]))}
+  pieces = dict.fromkeys(['<|end|>', '<|pad|>', *alphabet, *traps])
+  vocab = {piece: at + 2 * (at > 250) for at, piece in enumerate(pieces)}
   backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[], ignore_merges=True))
   backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
   backend.decoder = tokenizers.decoders.ByteLevel()
@@ -58,8 +59,8 @@ def words() -> tokenizers_.Tokenizer:
   """Whole words, joined by blanks whatever they are."""
   import tokenizers
 
-  pieces = ['<unk>', '\n', 'Scores:', 'Score', ':', 'Scores', 'Final', '\\boxed{', '{', '}', ',', 'word', '</think>', '<think>', 'END', 'EN', 'D.']
-  pieces += [*map(str, range(12)), '8}', '\\boxed{1}']
+  pieces = ['<unk>', '\n', 'Scores:', 'Score', ':', 'Scores', 'Final', '\\boxed{', '{', '}', ',', 'word']
+  pieces += ['</think>', '<think>', 'END', 'EN', 'D.', *map(str, range(12)), '8}', '\\boxed{1}']
   model = tokenizers.models.WordLevel({piece: at for at, piece in enumerate(pieces)}, unk_token='<unk>')
   backend = tokenizers.Tokenizer(model)
   backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()

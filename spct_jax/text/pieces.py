@@ -163,6 +163,6 @@ def _is_whole(text: bytes) -> bool:
 
 def _refused(why: str) -> str:
   return (
-      f'tokenizer: what its tokens add to a text cannot be told from its decoder: {why}; stop strings, stopping at the '
-      'scores and constrained score lines need a byte-level, a metaspace or a word-level decoder: leave these options off'
+      f'tokenizer: what its tokens add to a text cannot be told from its decoder: {why}; stop strings, stopping at '
+      'the scores and constrained score lines need a byte-level, a metaspace or a word-level decoder; leave them off'
   )

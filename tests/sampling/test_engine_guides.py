@@ -31,9 +31,10 @@ PROMPTS = PromptBatch(
 
 
 def made(tok):
-  """A model with more ids than the tokenizer; a third of the tasks is greedy, each prompt has a score line of its own."""
+  """A model with more ids than the tokenizer; a third of the tasks is greedy, each prompt has its own score line."""
   model = Transformer(ModelConfig(
-      vocab_size=tok.vocab_size + 13, width=16, heads=2, kv_heads=2, head_dim=8, ffn=16, head=(BlockConfig(),), num_periods=0,
+      vocab_size=tok.vocab_size + 13, width=16, heads=2, kv_heads=2, head_dim=8, ffn=16, head=(BlockConfig(),),
+      num_periods=0,
       period=(), vocab_multiple=8,
   ))
   return tok, model, jax.jit(model.init)(jax.random.key(1))
@@ -52,7 +53,8 @@ def tasks_of(tok, wanted, number=Q) -> Tasks:
 
 def engine(tok, model, rows=5, mesh=None):
   return Engine(
-      model=model, mesh=mesh, cache_rules=tiny.RULES, rows=rows, max_new_tokens=T, eos_ids=tok.eos_ids, seed=0, stage='x',
+      model=model, mesh=mesh, cache_rules=tiny.RULES, rows=rows, max_new_tokens=T, eos_ids=tok.eos_ids, seed=0,
+      stage='x',
   )
 
 
@@ -72,8 +74,8 @@ def constrained(rig):
   return engine(tok, model).generate(params, PROMPTS, tasks_of(tok, CONSTRAINED))
 
 
-# Seen to fail: a stop that is no end (`ended` False); the mask left out of greedy rows, of top-p; a row that keeps the state
-# it; the limit counted from the clock; starts in the order of the tasks instead of the queue's.
+# Seen to fail: a stop that is no end (`ended` False); the mask left out of greedy rows, of top-p; a row that keeps
+# the state of the task before it; the limit counted from the clock; starts in the order of the tasks.
 @pytest.mark.parametrize('kind', ['byte_level', 'metaspace'])
 def test_constrained_lines_parse_whatever_the_weights(rig, kind):
   tok, model, params = rig if kind == 'byte_level' else made(vocabularies.metaspace())
@@ -163,7 +165,8 @@ def test_other_scores_compile_nothing(rig, constrained):
   others = endings.guides(CONSTRAINED, tok, lines, [lines[0]] * Q, Q)
   got = engine(tok, model).generate(params, PROMPTS, dataclasses.replace(tasks_of(tok, CONSTRAINED), guides=others))
   assert [f._cache_size() for f in (loop.start, loop.advance)] == before
-  assert all(parse.read(endings.cut(tok.decode(ids[ids > 0]), CONSTRAINED, lines[0]), 2, 0, 9).kind == 'ok' for ids in got.tokens)
+  for ids, mask in zip(got.tokens, got.token_mask):
+    assert parse.read(endings.cut(tok.decode(ids[mask]), CONSTRAINED, lines[0]), 2, 0, 9).kind == 'ok'
 
 
 def test_bad_guides_are_refused_before_anything_is_compiled(rig):
@@ -173,12 +176,14 @@ def test_bad_guides_are_refused_before_anything_is_compiled(rig):
   with pytest.raises(ValueError, match=r'limits: got 5 new tokens at 2 \(8 such\), where what a guide asks for takes'):
     engine(tok, model).generate(params, PROMPTS, tasks, limits=np.full(Q, 5))
   narrow = Transformer(dataclasses.replace(model.config, vocab_size=tok.vocab_size - 1))
-  with pytest.raises(ValueError, match=f'a tokenizer with {tok.vocab_size} tokens; the head of the model has {tok.vocab_size - 1}'):
+  has = f'a tokenizer with {tok.vocab_size} tokens; the head of the model has {tok.vocab_size - 1}'
+  with pytest.raises(ValueError, match=has):
     engine(tok, narrow).generate(params, PROMPTS, tasks)
   assert [f._cache_size() for f in (loop.start, loop.advance)] == before
 
 
-# Seen to fail: weights relative to the likeliest of all tokens (underflow); nothing done where no allowed logit is finite.
+# Seen to fail: weights relative to the likeliest of all tokens (underflow); nothing done where no allowed logit is
+# finite.
 def test_draws_among_the_allowed_tokens_only():
   sample, V, rng = jax.jit(decoding.sample), 300, np.random.default_rng(0)
   logits = rng.normal(size=(8, V)).astype(np.float32)
@@ -201,6 +206,6 @@ def test_draws_among_the_allowed_tokens_only():
         assert all(len({int(token[row]) for token, _ in drawn}) > 1 for row in (0, 1, 2, 3))
   free, _ = sample(*(jnp.asarray(x) for x in (logits[:1], [0.4], [1.0], [0.9], [0], [0.0])))
   masked = np.where(allowed[:1], logits[:1], -np.inf)
-  want, _ = sample(*(jnp.asarray(x, jnp.float32) for x in (masked, [0.4], [1.0], [0.9])), jnp.asarray([0]), jnp.asarray([0.0]))
+  want, _ = sample(*(jnp.asarray(x) for x in (masked, [0.4], [1.0], [0.9], [0], [0.0])))
   got, _ = sample(*(jnp.asarray(x) for x in (logits[:1], [0.4], [1.0], [0.9], [0], [0.0], allowed[:1])))
   assert got[0] == want[0] != free[0]

@@ -211,7 +211,9 @@ FIELDS = {
         {'evaluate.stop_strings': ('END',), 'evaluate.constrain_scores': True},
         ('evaluate.stop_strings', "('END',)", 'constrain_scores', 'set one of the two'), 'evaluate',
     ),
-    'an empty stop string': ({'evaluate.stop_strings': ('',)}, ('evaluate.stop_strings', 'at least one character'), 'evaluate'),
+    'an empty stop string': (
+        {'evaluate.stop_strings': ('',)}, ('evaluate.stop_strings', 'at least one character'), 'evaluate'
+    ),
     'a line over the limit': (
         {'evaluate.constrain_scores': True, 'judge.max_new_tokens': 6},
         ('evaluate', 'constrain_scores', 'takes up to', 'the limit is 6', 'raise max_new_tokens'), 'evaluate',

@@ -17,7 +17,7 @@ CARRIED = {
     'world': lambda: tokenizers.load('package:spct_jax.data/files/practice/tokenizer'),
     'byte_level': vocabularies.byte_level, 'metaspace': vocabularies.metaspace, 'words': vocabularies.words,
 }
-REAL = ('gpt2', 'minimind', 'qwen2')
+REAL = ('minimind', 'qwen2')
 
 
 @pytest.fixture(scope='module', params=[*CARRIED, *REAL])
@@ -64,7 +64,7 @@ def test_a_table_lands_where_its_automaton_does(tok):
       (score_line.constrained(2, 1, 10).automaton, score_line.constrained(2, 1, 10).answer),
   ):
     table = automata.compiled(automaton, found)
-    for ids in walks(tok, 100, 10, 2, ('\n\nScores: \\boxed{8, 10}', '<think>\\boxed{1}</think>', 'END.', '\n> **Final Scores**: a\\boxed{1')):
+    for ids in walks(tok, 100, 10, seed=2, planted=LINES):
       state = table.start(start)
       for length, index in enumerate(ids, start=1):
         state = table.next[state, table.class_of[index]]
@@ -72,6 +72,7 @@ def test_a_table_lands_where_its_automaton_does(tok):
         assert state in table.of(want) and table.stops[state] == automaton.stops[want]
 
 
+LINES = ('\n\nScores: \\boxed{8, 10}', '<think>\\boxed{1}</think>', 'END.', '\n> **Final Scores**: a\\boxed{1')
 # A stop that several tokens spell, one that ends inside of a token, one inside another, one that begins another.
 STOPS = (('ND.',), ('xe',), ('8', '10', '0,'), ('ores', 'res:', 'score'), ('\n',), ('END', 'END.', 'ND'))
 

@@ -169,7 +169,8 @@ class RewardModel:
     samples = tuple(map(_sample, judged.grouped[0], self._expected(judged.grouped[0], spelling)))
     scores = arrays.scores
     if expected:
-      scores = np.asarray([[sample.expected or sample.scores or [0] * len(responses) for sample in samples]], np.float32)
+      scores = [sample.expected or sample.scores or (0,) * len(responses) for sample in samples]
+      scores = np.asarray([scores], np.float32)
     totals = np.asarray(voting.vote(scores, arrays.valid, arrays.response_mask))[0]
     draw = int(hashlib.blake2b(f'{seed}:{example.uid}'.encode(), digest_size=4).hexdigest(), 16) / 2**32
     best = int(voting.winner(totals[None], arrays.response_mask, np.asarray([draw], np.float32))[0])

@@ -305,14 +305,10 @@ def _wave(dealt, held, lengths, rows_of, R, size):
 # --- rows that branch
 
 
-def _parents(branch: Branch):
-  return range(branch.main, len(branch.tokens))
-
-
 def _depth(branch: Branch) -> int:
   """The most tokens that any branch has, one upon the other."""
   depth = [0] * len(branch.tokens)
-  for at in _parents(branch):
+  for at in range(branch.main, len(branch.tokens)):
     depth[at] = depth[branch.before[at]] + 1
   return max(depth)
 
@@ -321,7 +317,7 @@ def _tree(branch: Branch, depth: int):
   """(limit [L], ancestors [L, depth], offset [L]) of `attention.Tree`, and how far a token is behind the first."""
   L, main = len(branch.tokens), branch.main
   limit, offset, ancestors = np.arange(1, L + 1), np.arange(L), np.full((L, depth), -1)
-  for at in _parents(branch):
+  for at in range(branch.main, len(branch.tokens)):
     before = branch.before[at]
     limit[at], offset[at] = limit[before], offset[before] + 1
     if before >= main:

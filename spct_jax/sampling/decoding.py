@@ -103,19 +103,17 @@ def _sample(logits, uniform, temperature, top_p, top_k, min_p, allowed, cap):
     kept, ids, count = _cap(open_logits, kept, cap)
   drawn = _draw(kept, uniform)
   token = jnp.where(greedy_R1[:, 0], _likeliest(open_logits), drawn).astype(jnp.int32)
-  chosen = jnp.take_along_axis(scaled, token[:, None], axis=1)[:, 0]
-  logp = chosen - jnp.log(weight.sum(axis=1))
+  of_token = lambda values: jnp.take_along_axis(values, token[:, None], axis=1)[:, 0]
+  logp = of_token(scaled) - jnp.log(weight.sum(axis=1))
   if allowed is not None:
     logp = jnp.maximum(logp, jnp.finfo(jnp.float32).min)
   logp = jnp.where(broken, jnp.nan, logp)
   if not cap:
     return token, logp, None
-  if allowed is not None:  # whose weights count from a maximum of their own
-    chosen = jnp.log(jnp.take_along_axis(kept, token[:, None], axis=1)[:, 0])
   alone = jnp.where(jnp.arange(cap)[None, :] == 0, token[:, None], -1)
   return token, logp, Kept(
       ids=jnp.where(greedy_R1, alone, ids),
-      logp=jnp.where(greedy_R1[:, 0], 0.0, chosen - jnp.log(kept.sum(axis=1))),
+      logp=jnp.where(greedy_R1[:, 0], 0.0, jnp.log(of_token(kept)) - jnp.log(kept.sum(axis=1))),
       count=jnp.where(greedy_R1[:, 0], 1, count),
   )
 

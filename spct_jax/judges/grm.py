@@ -86,7 +86,7 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class Early:
-  """When votes stop (`algos.early`): alpha None is the exact rule; `threshold` of the mean score of a single response."""
+  """When votes stop (`algos.early`): alpha None is the exact rule; `threshold`: of a single response's mean score."""
 
   alpha: float | None
   threshold: float

@@ -90,6 +90,31 @@ def test_neither_rows_nor_chunks_change_what_is_kept(tok, examples, rule):
     assert run(judge(tok, rows=rows, **changes), examples, rule).grouped == wanted, (rows, changes)
 
 
+class Ragged:
+  """Ends samples in any order and tells of some alone, as an engine does whose samples differ in length."""
+
+  def __init__(self, engine, seed):
+    self._engine, self._rng = engine, np.random.default_rng(seed)
+
+  def __call__(self, batch, tasks, infos, withdraw):
+    whole = self._engine(batch, tasks, infos)
+    order, gone = self._rng.permutation(len(infos)), np.zeros(len(tasks.prompt), bool)
+    for index in np.split(order[: -len(order) // 4], range(5, len(order) * 3 // 4, 5)):
+      index = index[~gone[index]]
+      rows = {name: getattr(whole, name)[index] for name in ('tokens', 'logp', 'token_mask')}
+      gone[withdraw(index, dataclasses.replace(whole, **rows))] = True
+    return dataclasses.replace(whole, withdrawn=gone)
+
+
+@pytest.mark.parametrize('rule', ['exact', 'statistical'])
+def test_samples_that_end_in_any_order_keep_the_same(tok, examples, rule):
+  wanted = run(judge(tok), examples, rule).grouped
+  for seed in range(6):
+    of = judge(tok)
+    of = dataclasses.replace(of, generate=Ragged(of.generate, seed))
+    assert run(of, examples, rule).grouped == wanted
+
+
 def test_samples_that_are_not_needed_are_never_started(tok, examples):
   of = judge(tok, rows=1)
   started = []

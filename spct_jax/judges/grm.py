@@ -353,9 +353,7 @@ class _Votes:
     if rollouts.withdrawn is not None:
       kept = ~rollouts.withdrawn[: len(kept)]
     rest = [row for row in np.flatnonzero(kept).tolist() if row not in self._found]
-    self._read(rest, dataclasses.replace(
-        rollouts, tokens=rollouts.tokens[rest], logp=rollouts.logp[rest], token_mask=rollouts.token_mask[rest]
-    ))
+    self._read(rest, rollouts.take(rest))
     if self._chunk.early is not None:
       kept[self._unneeded()] = False  # by what ended last, too
     return [self._found[row] for row in np.flatnonzero(kept).tolist()]

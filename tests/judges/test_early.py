@@ -101,8 +101,7 @@ class Ragged:
     order, gone = self._rng.permutation(len(infos)), np.zeros(len(tasks.prompt), bool)
     for index in np.split(order[: -len(order) // 4], range(5, len(order) * 3 // 4, 5)):
       index = index[~gone[index]]
-      rows = {name: getattr(whole, name)[index] for name in ('tokens', 'logp', 'token_mask')}
-      gone[withdraw(index, dataclasses.replace(whole, **rows))] = True
+      gone[withdraw(index, whole.take(index))] = True
     return dataclasses.replace(whole, withdrawn=gone)
 
 

@@ -165,6 +165,18 @@ class Rollouts:
   withdrawn: np.ndarray | None = None
   kept: Kept | None = None
 
+  def take(self, index: np.ndarray) -> Rollouts:
+    """Those of some tasks."""
+    return _take(self, np.asarray(index, np.int64))
+
+
+def _take(record, index):
+  """Every array of a record, and of those within it, at `index`; None stays."""
+  if dataclasses.is_dataclass(record):
+    fields = dataclasses.fields(record)
+    return dataclasses.replace(record, **{field.name: _take(getattr(record, field.name), index) for field in fields})
+  return None if record is None else record[index]
+
 
 @dataclasses.dataclass(frozen=True)
 class Trajectory:

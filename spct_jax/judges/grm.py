@@ -88,7 +88,7 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class Early:
-  """When votes stop (`algos.early`): alpha None is the exact rule; `threshold` of the mean score of a single response."""
+  """When votes stop (`algos.early`): alpha None is the exact rule; `threshold`: of a single response's mean score."""
 
   alpha: float | None
   threshold: float
@@ -360,10 +360,7 @@ class _Votes:
     if rollouts.withdrawn is not None:
       kept = ~rollouts.withdrawn[: len(kept)]
     rest = [row for row in np.flatnonzero(kept).tolist() if row not in self._found]
-    self._read(rest, dataclasses.replace(
-        rollouts, tokens=rollouts.tokens[rest], logp=rollouts.logp[rest], token_mask=rollouts.token_mask[rest],
-        ended=rollouts.ended[rest],
-    ))
+    self._read(rest, rollouts.take(rest))
     if self._chunk.early is not None:
       kept[self._unneeded()] = False  # by what ended last, too
     return [self._found[row] for row in np.flatnonzero(kept).tolist()]

@@ -105,8 +105,8 @@ def rows_of(
 ) -> list[dict[str, Any]]:
   """The rows of results.json for one model's pool: the whole set, each subset and each n, every k and guidance.
 
-  `early`: the votes stopped once they were decided. The accuracy and the ties of votes of all samples are then what they
-  are without it, and rows say `votes_saved`; `auc` and `order_flip` are None, because they need every sample.
+  `early`: the votes stopped once they were decided. The accuracy and the ties of votes of all samples are then what
+  they are without it, and rows say `votes_saved`; `auc` and `order_flip` are None, because they need every sample.
   """
   out = []
   for subset, n, part in _parts(items):

@@ -97,7 +97,8 @@ def needed_by_hand(scores, valid, low, high, threshold):
 def test_a_vote_stops_with_the_first_sample_that_decides_it(n, low, high, threshold):
   rng = np.random.default_rng(n + high)
   B, K = 30, 5
-  scores = np.where(rng.random((B, 1, 1)) < 0.5, rng.integers(low, high + 1, (B, K, n)), np.linspace(low, high, n).round())
+  alike = np.linspace(low, high, n).round()
+  scores = np.where(rng.random((B, 1, 1)) < 0.5, rng.integers(low, high + 1, (B, K, n)), alike)
   valid = rng.random((B, K)) < 0.8
   exists, everything = np.ones((B, n), bool), np.full(B, K)
   want = [needed_by_hand(s, v, low, high, threshold) for s, v in zip(scores.astype(int), valid)]
@@ -107,7 +108,8 @@ def test_a_vote_stops_with_the_first_sample_that_decides_it(n, low, high, thresh
   # What is known in part says the same as soon as it is enough, and K until then; what lies beyond it is not read.
   known = rng.integers(0, K + 1, B)
   hidden = np.where(np.arange(K)[None, :, None] < known[:, None, None], scores, 99)
-  partly = early.votes_needed(hidden, np.where(np.arange(K) < known[:, None], valid, True), known, exists, low, high, threshold)
+  partly_valid = np.where(np.arange(K) < known[:, None], valid, True)
+  partly = early.votes_needed(hidden, partly_valid, known, exists, low, high, threshold)
   np.testing.assert_array_equal(partly, np.where(got <= known, got, K))
 
 
@@ -201,4 +203,5 @@ def test_the_statistical_rule_saves_more_and_the_traced_one_says_the_same():
 @pytest.mark.parametrize('alpha', [0.0, 1.0, -1.0, float('nan')])
 def test_a_chance_outside_0_to_1_is_refused(alpha):
   with pytest.raises(ValueError, match='alpha'):
-    early.votes_needed(np.ones((1, 2, 2)), np.ones((1, 2), bool), np.ones(1, int), np.ones((1, 2), bool), 0, 1, 0.5, alpha)
+    both = np.ones((1, 2), bool)
+    early.votes_needed(np.ones((1, 2, 2)), both, np.ones(1, int), both, 0, 1, 0.5, alpha)

@@ -1,7 +1,7 @@
 """Votes that stop: what an item keeps is the shortest run of its samples that decides, however the engine ran.
 
-Mutations seen to fail here: samples beyond the vote's need kept; the known samples counted with gaps; scores left in the
-shown order; an item cut by a chunk; the range of the scale in the place of the binary one.
+Mutations seen to fail here: samples beyond the vote's need kept; the known samples counted with gaps; scores left in
+the shown order; an item cut by a chunk; the range of the scale in the place of the binary one.
 """
 
 import dataclasses
@@ -90,6 +90,30 @@ def test_neither_rows_nor_chunks_change_what_is_kept(tok, examples, rule):
     assert run(judge(tok, rows=rows, **changes), examples, rule).grouped == wanted, (rows, changes)
 
 
+class Ragged:
+  """Ends samples in any order and tells of some alone, as an engine does whose samples differ in length."""
+
+  def __init__(self, engine, seed):
+    self._engine, self._rng = engine, np.random.default_rng(seed)
+
+  def __call__(self, batch, tasks, infos, withdraw):
+    whole = self._engine(batch, tasks, infos)
+    order, gone = self._rng.permutation(len(infos)), np.zeros(len(tasks.prompt), bool)
+    for index in np.split(order[: -len(order) // 4], range(5, len(order) * 3 // 4, 5)):
+      index = index[~gone[index]]
+      gone[withdraw(index, whole.take(index))] = True
+    return dataclasses.replace(whole, withdrawn=gone)
+
+
+@pytest.mark.parametrize('rule', ['exact', 'statistical'])
+def test_samples_that_end_in_any_order_keep_the_same(tok, examples, rule):
+  wanted = run(judge(tok), examples, rule).grouped
+  for seed in range(6):
+    of = judge(tok)
+    of = dataclasses.replace(of, generate=Ragged(of.generate, seed))
+    assert run(of, examples, rule).grouped == wanted
+
+
 def test_samples_that_are_not_needed_are_never_started(tok, examples):
   of = judge(tok, rows=1)
   started = []
@@ -100,7 +124,8 @@ def test_samples_that_are_not_needed_are_never_started(tok, examples):
 
 
 def test_the_statistical_rule_saves_more(tok, examples):
-  count = lambda rule: sum(len(kept) for seed in range(6) for kept in run(judge(tok, seed=seed), examples, rule).grouped)
+  kept = lambda rule, seed: sum(map(len, run(judge(tok, seed=seed), examples, rule).grouped))
+  count = lambda rule: sum(kept(rule, seed) for seed in range(6))
   assert count('statistical') < 0.95 * count('exact')
 
 

@@ -126,13 +126,16 @@ FIELDS = {
     'ks not ascending': ({'evaluate.ks': (4, 2)}, ('evaluate.ks', '(4, 2)', 'ascending'), 'evaluate'),
     'no ks': ({'evaluate.ks': ()}, ('evaluate.ks', 'got ()', 'ascending'), 'evaluate'),
     'k of zero': ({'evaluate.ks': (0, 1)}, ('evaluate.ks', 'got 0', 'at least 1'), 'evaluate'),
-    'early rule': ({'evaluate.early': 'soon'}, ('evaluate.early', "'soon'", "'none', 'exact', 'statistical'"), 'evaluate'),
+    'early rule': (
+        {'evaluate.early': 'soon'}, ('evaluate.early', "'soon'", "'none', 'exact', 'statistical'"), 'evaluate'
+    ),
     'early and smaller votes': (
         {'evaluate.early': 'exact', 'evaluate.meta': ''},
         ('evaluate.early', 'evaluate.ks=(1, 2, 4)', 'set evaluate.ks=(4,)'), 'evaluate',
     ),
     'early and guided': (
-        {'evaluate.early': 'exact', 'evaluate.ks': (4,)}, ('evaluate.early', "'meta_rm'", "evaluate.meta=''"), 'evaluate'
+        {'evaluate.early': 'exact', 'evaluate.ks': (4,)},
+        ('evaluate.early', "'meta_rm'", "evaluate.meta=''"), 'evaluate',
     ),
     'early and balanced': (
         {'evaluate.early': 'statistical', 'evaluate.ks': (4,), 'evaluate.meta': '', 'evaluate.orders': 'balanced'},

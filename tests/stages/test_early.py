@@ -36,7 +36,7 @@ def config(small_config):
   config = small_config
   config.evaluate.samples, config.evaluate.ks, config.evaluate.meta = 12, (12,), ''
   config.evaluate.models = ('base',)
-  config.judge.chunk_tasks, config.judge.chunk_prompts = 24, 16
+  config.judge.rows, config.judge.chunk_tasks, config.judge.chunk_prompts = 12, 24, 16
   return config
 
 

@@ -167,7 +167,7 @@ def test_scarce_slots_and_seats_of_trunks_change_nothing(rig, whole, monkeypatch
   assert_same(engine._rollouts(20, dealt, state), want)
 
 
-# Seen to fail when a group's rows take trunk slots by their index over all groups.
+# Seen to fail when the rows of all groups sit at the trunk slots of the first.
 def test_eight_devices_give_the_tokens_of_one(rig, whole, monkeypatch):
   prompts, tasks, want = whole
   mesh = sharding.make_mesh(dict(data=2, fsdp=2, tensor=2))
@@ -205,7 +205,7 @@ def test_soft_caps_latent_attention_and_experts(make_rig, name, config):
 # --- the compiled program
 
 
-# Seen to fail when rows take their trunks in place of trunks their rows' queries, and when branches do in the prefill.
+# Seen to fail when rows take their trunks in place of trunks their rows' queries.
 def test_no_row_and_no_branch_gets_a_copy_of_a_trunk(rig, monkeypatch):
   items, rows = ((384, (90, 90, 90)), (384, (90, 90, 90))), 24
   prompts, tasks = item_prompts(items, P=512), item_tasks(rig.make_tasks, items, (4,) * 6)

@@ -23,7 +23,6 @@ All samples of a prompt share it, and of one sample all places and paths are one
 
 from collections.abc import Callable, Sequence
 import dataclasses
-from typing import Any
 
 import numpy as np
 

@@ -35,7 +35,7 @@ from spct_jax import sharding
 from spct_jax.models import unrolled
 from spct_jax.models.config import DTYPES
 from spct_jax.models.transformer import Transformer
-from spct_jax.sampling import guides, keys, loop, trunks
+from spct_jax.sampling import guides, keys, loop, slots, trunks
 from spct_jax.types import Kept, PromptBatch, Rollouts, Tasks
 
 _ALL = 2**30  # steps: more than any run takes
@@ -425,7 +425,7 @@ def _trunk_arrays(prompts: PromptBatch, cut: trunks.Cut, places: trunks.Dealt, h
   trunk[places.group[here], places.place[here]] = places.trunk[here]
   return dict(
       trunk=trunk,
-      trunks=loop.Trunks(
+      trunks=slots.Trunks(
           count=real.sum(axis=1, dtype=np.int32),
           tokens=np.where(np.arange(cut.size)[None, None, :] < length[..., None], tokens, 0),
           length=length,

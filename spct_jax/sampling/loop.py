@@ -44,7 +44,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from spct_jax import sharding
 from spct_jax.models import int8, kv_cache, prefill, unrolled
 from spct_jax.models.transformer import Transformer
-from spct_jax.sampling import decoding, guides, keys, shared, suffixes
+from spct_jax.sampling import decoding, guides, keys, shared, slots, suffixes
+from spct_jax.sampling.slots import of as _of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,18 +89,6 @@ class Sizes(NamedTuple):
   trunk_batch: int = 0
 
 
-class Trunks(NamedTuple):
-  """What prompts share, by group: `tokens[G, V, Pt]`, `length[G, V]`; `count[G]` are real.
-
-  The prompts that continue trunk v stand side by side, before `end[v]`.
-  """
-
-  count: jax.Array
-  tokens: jax.Array
-  length: jax.Array
-  end: jax.Array
-
-
 class Prompts(NamedTuple):
   """Prompts by group, those without a task last: `tokens[G, U, P]`, the rest [G, U]; `count[G]` have tasks.
 
@@ -113,7 +102,7 @@ class Prompts(NamedTuple):
   first: jax.Array
   number: jax.Array
   trunk: jax.Array | None = None
-  trunks: Trunks | None = None
+  trunks: slots.Trunks | None = None
 
 
 class Queue(NamedTuple):
@@ -129,14 +118,6 @@ class Queue(NamedTuple):
   top_k: jax.Array
   min_p: jax.Array
   guides: tuple = ()  # of `guides.Guide`; their tables are whole on every device
-
-
-class Loaded(NamedTuple):
-  """The trunk slots: `head[G]` is the next trunk to load, `trunk[G, Z]` what each slot holds (V = free)."""
-
-  head: jax.Array
-  trunk: jax.Array
-  cache: dict  # over all G * Z slots, Pt positions
 
 
 class State(NamedTuple):
@@ -157,7 +138,7 @@ class State(NamedTuple):
   tokens: jax.Array  # [G, Q, T]
   logp: jax.Array  # [G, Q, T]
   length: jax.Array  # [G, Q], tokens generated
-  trunks: Loaded | None = None
+  trunks: slots.Loaded | None = None
   guided: tuple = ()  # [G, R] for each of the queue's guides, the state that the row's task is in since its first step
   kept: decoding.Kept | tuple[()] = ()  # [G, Q, T, C] and [G, Q, T]; () = not recorded
 
@@ -214,7 +195,7 @@ def start(settings: Settings, sizes: Sizes, params: dict, prompts: Prompts, queu
   if sizes.trunk_slots:
     V, Pt = prompts.trunks.tokens.shape[1:]
     cache = empty_cache(settings, 'prompt', G * sizes.trunk_slots, Pt)
-    trunks = Loaded(zeros(), zeros(sizes.trunk_slots) + V, cache)
+    trunks = slots.Loaded(zeros(), zeros(sizes.trunk_slots) + V, cache)
   return unrolled.params(settings.model.config, params), State(
       clock=jnp.int32(0),
       fills=jnp.int32(0),
@@ -336,16 +317,16 @@ def news(sizes: Sizes, state: State, told: jax.Array) -> tuple[tuple[jax.Array, 
 def _can_load(sizes: Sizes, prompts: Prompts, state: State):
   """Whether a group has trunks to come and free trunk slots for the next of them."""
   free = state.trunks.trunk == prompts.trunks.length.shape[1]
-  return _fits(free, prompts.trunks.count - state.trunks.head, sizes.trunk_batch)
+  return slots.fits(free, prompts.trunks.count - state.trunks.head, sizes.trunk_batch)
 
 
 def _load(settings: Settings, sizes: Sizes, weights: dict, prompts: Prompts, state: State) -> State:
   """The next trunks of every group into its free trunk slots."""
   held, V = state.trunks, prompts.trunks.length.shape[1]
-  place, new = _next(held.trunk == V, held.head, prompts.trunks.count - held.head, sizes.trunk_batch)
+  place, new = slots.coming(held.trunk == V, held.head, prompts.trunks.count - held.head, sizes.trunk_batch)
   cache = _prefill(settings, weights, _of(prompts.trunks.tokens, new), place, held.cache)
   loaded = (place < sizes.trunk_slots).sum(axis=1)
-  return state._replace(trunks=Loaded(held.head + loaded, _put(held.trunk, place, new), cache))
+  return state._replace(trunks=slots.Loaded(held.head + loaded, slots.put(held.trunk, place, new), cache))
 
 
 def _ready(prompts: Prompts, state: State):
@@ -358,16 +339,16 @@ def _ready(prompts: Prompts, state: State):
 
 def _can_fill(sizes: Sizes, prompts: Prompts, state: State):
   """Whether a group has prompts to come and free slots for the next B of them."""
-  return _fits(state.prompt == prompts.length.shape[1], _ready(prompts, state), sizes.batch)
+  return slots.fits(state.prompt == prompts.length.shape[1], _ready(prompts, state), sizes.batch)
 
 
 def _fill(settings: Settings, sizes: Sizes, weights: dict, prompts: Prompts, state: State) -> State:
   """The next prompts of every group into its free slots, at most B."""
-  place, new = _next(state.prompt == prompts.length.shape[1], state.head, _ready(prompts, state), sizes.batch)
+  place, new = slots.coming(state.prompt == prompts.length.shape[1], state.head, _ready(prompts, state), sizes.batch)
   real, before = place < sizes.slots, None
   if sizes.trunk_slots:
     trunk = _of(prompts.trunk, new)
-    slot = jnp.where(real, _slot_of(state.trunks, trunk), 0)
+    slot = jnp.where(real, slots.slot_of(state.trunks, trunk), 0)
     # Those of one trunk side by side, as `suffixes` wants them.
     place, new, slot, trunk = (jnp.take_along_axis(x, jnp.argsort(slot, axis=1), 1) for x in (place, new, slot, trunk))
     before = slot, _of(prompts.trunks.length, trunk), state.trunks.cache
@@ -376,34 +357,11 @@ def _fill(settings: Settings, sizes: Sizes, weights: dict, prompts: Prompts, sta
   state = state._replace(
       fills=state.fills + 1,
       head=state.head + real.sum(axis=1),
-      prompt=_put(state.prompt, place, new),
-      taken=_put(state.taken, place, _of(prompts.first, new)),
+      prompt=slots.put(state.prompt, place, new),
+      taken=slots.put(state.taken, place, _of(prompts.first, new)),
       slots=cache,
   )
   return _admit(sizes, prompts, _skip(prompts, state) if settings.withdraws else state)
-
-
-def _fits(free, waiting, batch):
-  return ((waiting > 0) & (free.sum(axis=1) >= jnp.minimum(batch, waiting))).any()
-
-
-def _next(free, head, waiting, batch):
-  """The next `batch` of each group from `head[G]` on -> their places in `free[G, S]` (S: there is none), themselves."""
-  G, S = free.shape
-  rank = jnp.where(free, jnp.cumsum(free, axis=1) - 1, batch)
-  index = jnp.broadcast_to(jnp.arange(S, dtype=jnp.int32)[None, :], (G, S))
-  place = jax.vmap(lambda rank, index: jnp.full(batch, S, jnp.int32).at[rank].set(index, mode='drop'))(rank, index)
-  count = jnp.arange(batch, dtype=jnp.int32)[None, :]
-  return jnp.where(count < waiting[:, None], place, S), head[:, None] + count
-
-
-def _put(out, place, value):
-  return jax.vmap(lambda out, place, value: out.at[place].set(value, mode='drop'))(out, place, value)
-
-
-def _slot_of(loaded: Loaded, trunk):
-  """The trunk slots [G, m] that hold `trunk[G, m]`; slot 0 where none does."""
-  return (loaded.trunk[:, None, :] == trunk[:, :, None]).argmax(axis=2).astype(jnp.int32)
 
 
 def _prefill(settings, weights, tokens, place, cache, before=None):
@@ -519,15 +477,15 @@ def _logits(settings, sizes, weights, prompts, t, state):
   seated = shared.move(positions, seating.row).reshape(-1, W, 1)
   in_prompt = jnp.broadcast_to(index < held.reshape(-1, 1, 1), (held.size, W, P))
   since_start = age <= t.reshape(-1, 1, 1)
-  trunks = _trunks(sizes, prompts, positions, state) if sizes.trunk_slots else None
-  slots = int8.kept(state.slots, state.clock)  # a run of steps fills none
+  trunks = slots.trunk_part(sizes, prompts, positions, state) if sizes.trunk_slots else None
+  held_slots = int8.kept(state.slots, state.clock)  # a run of steps fills none
 
   def attend(ref, q, k, v, ring):
     ring = kv_cache.write(ring, ref, k, v, state.clock % T)
     window, masks = ref.config.window, (in_prompt, since_start)
     if window is not None:
       masks = in_prompt & (seated - before.reshape(-1, 1, 1) - index < window), since_start & (age < window)
-    cached = kv_cache.read(slots, ref), kv_cache.read(ring, ref)
+    cached = kv_cache.read(held_slots, ref), kv_cache.read(ring, ref)
     scale, softcap = model.config.score_scale(ref.config), model.config.attn_softcap
     return shared.attend(q, *cached, seating, *masks, scale, softcap, trunks and trunks(ref)), ring
 
@@ -536,40 +494,16 @@ def _logits(settings, sizes, weights, prompts, t, state):
   return model.unembed(weights, x)[:, 0], _place_cache(settings, 'rows', ring)
 
 
-def _trunks(sizes, prompts, positions, state):
-  """Of a layer, the part of the attention to trunks; `positions[G * R]` are those of the queries."""
-  at = _trunk_slots(sizes, prompts, state)
-  seating = shared.seats(_or(at, state.slot, sizes.trunk_slots), sizes.trunk_slots, sizes.trunk_width)
-  index = jnp.arange(prompts.trunks.tokens.shape[2])[None, None, :]
-  seated = shared.move(positions, seating.row).reshape(-1, sizes.trunk_width, 1)
-  held = _of(prompts.trunks.length, state.trunks.trunk).reshape(-1, 1, 1)
-  cache = int8.kept(state.trunks.cache, state.clock)
-
-  def of_layer(ref):
-    mask = jnp.broadcast_to(index < held, (*seated.shape[:2], index.size))
-    if ref.config.window is not None:
-      mask &= seated - index < ref.config.window
-    return shared.Trunks(*kv_cache.read(cache, ref), seating, mask)
-
-  return of_layer
-
-
-def _trunk_slots(sizes, prompts, state):
-  """[G, S]: where the trunk of each slot's prompt is; Z for a free slot."""
-  at = _slot_of(state.trunks, _of(prompts.trunk, state.prompt))
-  return jnp.where(state.prompt < prompts.length.shape[1], at, sizes.trunk_slots)
-
-
 def _admit(sizes: Sizes, prompts: Prompts, state: State) -> State:
   """Free rows take waiting tasks, the lowest row and the earliest prompt first; prompts without a task leave."""
   U = prompts.length.shape[1]
-  slots = jnp.arange(sizes.slots, dtype=jnp.int32)[None, None, :]
+  index = jnp.arange(sizes.slots, dtype=jnp.int32)[None, None, :]
   waiting = _waiting(prompts, state)
-  seated = (state.slot[:, :, None] == slots).sum(axis=1)
+  seated = (state.slot[:, :, None] == index).sum(axis=1)
   offered = jnp.minimum(waiting, sizes.width - seated)
   earlier = state.prompt[:, None, :] < state.prompt[:, :, None]
   if sizes.trunk_slots:
-    at = _trunk_slots(sizes, prompts, state)
+    at = slots.trunk_slots(sizes, prompts, state)
     same = at[:, None, :] == at[:, :, None]
     used = (same * (seated[:, None, :] + earlier * offered[:, None, :])).sum(axis=2)
     offered = jnp.clip(sizes.trunk_width - used, 0, offered)
@@ -589,7 +523,7 @@ def _admit(sizes: Sizes, prompts: Prompts, state: State) -> State:
     trunks = trunks._replace(trunk=jnp.where(to_come | used, trunks.trunk, prompts.trunks.length.shape[1]))
   return state._replace(
       task=jnp.where(takes, of_slot(state.taken[:, None, :] + rank), state.task),
-      slot=jnp.where(takes, of_slot(slots), state.slot),
+      slot=jnp.where(takes, of_slot(index), state.slot),
       token=jnp.where(takes, last, state.token),
       began=jnp.where(takes, state.clock, state.began),
       taken=state.taken + taken,
@@ -598,17 +532,7 @@ def _admit(sizes: Sizes, prompts: Prompts, state: State) -> State:
   )
 
 
-def _or(values, index, other):
-  """`_of`, but `other` behind the end."""
-  return jnp.where(index < values.shape[1], _of(values, index), other)
-
-
 def _waiting(prompts: Prompts, state: State):
   """[G, S]: tasks of each slot's prompt that no row has taken; below what was taken where tasks are withdrawn: none."""
   end = _of(prompts.first, state.prompt) + _of(prompts.number, state.prompt)
   return jnp.where(state.prompt < prompts.length.shape[1], jnp.maximum(end - state.taken, 0), 0)
-
-
-def _of(values, index):
-  """values[G, N, ...] at index[G, m], group by group; behind the end, the last."""
-  return jax.vmap(lambda values, index: values[jnp.minimum(index, values.shape[0] - 1)])(values, index)

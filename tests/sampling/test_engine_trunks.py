@@ -10,7 +10,7 @@ import pytest
 from spct_jax import pages, sharding
 from spct_jax.models.config import BlockConfig, Experts, Latent
 from spct_jax.sampling import engine as engine_module
-from spct_jax.sampling import loop, trunks
+from spct_jax.sampling import loop, slots, trunks
 from spct_jax.testing import tiny
 from spct_jax.types import PromptBatch
 
@@ -144,19 +144,19 @@ def test_tokens_are_the_uncached_argmax_and_those_of_whole_prompts(rig, whole):
 # Seen to fail when a trunk leaves while branches of it wait, when prompts are filled before their trunk is there, and
 # when a trunk seats more rows than it has seats.
 @pytest.mark.parametrize(
-    'slots, width, batch, of_trunks', [(2, 2, 1, (1, 2, 1)), (3, 2, 2, (2, 3, 2))]
+    'count, width, batch, of_trunks', [(2, 2, 1, (1, 2, 1)), (3, 2, 2, (2, 3, 2))]
 )
-def test_scarce_slots_and_seats_of_trunks_change_nothing(rig, whole, monkeypatch, slots, width, batch, of_trunks):
+def test_scarce_slots_and_seats_of_trunks_change_nothing(rig, whole, monkeypatch, count, width, batch, of_trunks):
   prompts, tasks, want = whole
-  chosen = choose(prompts, tasks), loop.Sizes(4, slots, width, batch, *of_trunks)
+  chosen = choose(prompts, tasks), loop.Sizes(4, count, width, batch, *of_trunks)
   monkeypatch.setattr(engine_module, '_choose', lambda *_: chosen)
   engine = rig.engine(rig.model, rows=4)
   dealt, given, state = engine._begin(rig.params, prompts, tasks, None)
   seats = []
   for _ in range(200):
     state, done = loop.advance(*given, state, np.int32(1))
-    at = np.asarray(loop._trunk_slots(given[1], given[4], state))[0]
-    rows = at[np.asarray(state.slot)[0][np.asarray(state.slot)[0] < slots]]
+    at = np.asarray(slots.trunk_slots(given[1], given[4], state))[0]
+    rows = at[np.asarray(state.slot)[0][np.asarray(state.slot)[0] < count]]
     seats.append(np.bincount(rows, minlength=of_trunks[0]).max())
     if int(done) == 20:
       break
@@ -167,7 +167,7 @@ def test_scarce_slots_and_seats_of_trunks_change_nothing(rig, whole, monkeypatch
   assert_same(engine._rollouts(20, dealt, state), want)
 
 
-# Seen to fail when a group's rows take trunk slots by their index over all groups.
+# Seen to fail when the rows of all groups sit at the trunk slots of the first.
 def test_eight_devices_give_the_tokens_of_one(rig, whole, monkeypatch):
   prompts, tasks, want = whole
   mesh = sharding.make_mesh(dict(data=2, fsdp=2, tensor=2))
@@ -205,7 +205,7 @@ def test_soft_caps_latent_attention_and_experts(make_rig, name, config):
 # --- the compiled program
 
 
-# Seen to fail when rows take their trunks in place of trunks their rows' queries, and when branches do in the prefill.
+# Seen to fail when rows take their trunks in place of trunks their rows' queries.
 def test_no_row_and_no_branch_gets_a_copy_of_a_trunk(rig, monkeypatch):
   items, rows = ((384, (90, 90, 90)), (384, (90, 90, 90))), 24
   prompts, tasks = item_prompts(items, P=512), item_tasks(rig.make_tasks, items, (4,) * 6)

@@ -12,6 +12,7 @@ that transformers reads), float32, caches on:
                   jitted program, but a cache of prompt and answer for every sample; each sample's prompt is
                   prefilled ('each'), or every prompt once and its cache copied ('copied')
     hf            transformers.generate, num_return_sequences = k, sdpa; where torch and transformers are there
+    tunix         the sampler of google-tunix, every prompt given k times; where it is there
 
 Times are medians over the repeats, after compilation, in CPU seconds of the process: with one pinned thread
 that is the wall time on a free core, whoever else is on it. The wall time stands beside it, and the two
@@ -106,17 +107,18 @@ class Bench:
     self.shapes = dict.fromkeys(('mid', 'tiny'), SMOKE) if args.tiny else {'mid': MID, 'tiny': TINY}
 
   def long(self):
-    return self._against('hf', LONG[32], 10, 6)
+    return self._against('hf', LONG[32], 10, 6) + self._against('tunix', LONG[32])
 
   def mid(self):
-    return self._against('hf', SHORT, 2.5, 2) + self._against('each', SHORT)
+    return self._against('hf', SHORT, 2.5, 2) + self._against('each', SHORT) + self._against('tunix', SHORT)
 
   def tiny(self):
     work = dataclasses.replace(SHORT, model='tiny')
-    return self._against('hf', work, 6, 4) + self._against('each', work)
+    return self._against('hf', work, 6, 4) + self._against('each', work) + self._against('tunix', work)
 
   def top_p(self):
-    return self._against('hf', dataclasses.replace(SHORT, top_p=0.95), 4, 3)
+    work = dataclasses.replace(SHORT, top_p=0.95)
+    return self._against('hf', work, 4, 3) + self._against('tunix', work)
 
   def votes(self):
     """Against each vote prefilled: the ratio as a part of k."""
@@ -198,7 +200,7 @@ class Bench:
 
   def _run(self, side, work):
     """What a process of its own says; None where its library is not installed."""
-    needs = ('torch', 'transformers') if side == 'hf' else ()
+    needs = {'hf': ('torch', 'transformers'), 'tunix': ('tunix',)}.get(side, ())
     missing = [name for name in needs if importlib.util.find_spec(name) is None]
     if missing:
       print(f'{side}: left out, {", ".join(missing)} not installed', flush=True)
@@ -249,8 +251,8 @@ def _row(name, value, unit, higher_is_better, goal=None, floor=None):
 def _child(args) -> int:
   sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))
   work = Work(**json.loads(args.work))
-  if args.side == 'hf':
-    result = _hf(work, args.folder, args.repeats)
+  if args.side in ('hf', 'tunix'):
+    result = {'hf': _hf, 'tunix': _tunix}[args.side](work, args.folder, args.repeats)
   else:
     sides = {'make': _make, 'ours': _ours, 'each': _each, 'copied': _copied, 'share': _share, 'programs': _programs}
     shape = SMOKE if args.tiny else {'mid': MID, 'tiny': TINY}[work.model]
@@ -287,7 +289,8 @@ def _make(work, folder, repeats, shape):
 
   config = ModelConfig(
       vocab_size=shape['vocab'], width=shape['width'], heads=shape['heads'], kv_heads=shape['kv_heads'],
-      head_dim=shape['width'] // shape['heads'], ffn=shape['ffn'], period=(BlockConfig(),),
+      head_dim=shape['width'] // shape['heads'], ffn=shape['ffn'],
+      period=(BlockConfig(rope_theta=1e6),),  # the one base that Tunix's Llama computes with, whatever its config says
       num_periods=shape['layers'], tied=True,
   )
   model = Transformer(config)
@@ -459,6 +462,55 @@ def _hf(work, folder, repeats):
     result = _timed(lambda: model.generate(tokens, **settings), repeats, lambda: model.generate(tokens, **short))
     logits = model(tokens[:1], logits_to_keep=1).logits[0, -1, :4]
   return {**result, 'logits': logits.tolist()}
+
+
+class _Ids:
+  """A tokenizer whose texts are ids with blanks between them; 0 is padding, no prompt has it."""
+
+  bos_id = eos_id = pad_id = staticmethod(lambda: 0)
+
+  def encode(self, text):
+    return [int(word) for word in text.split()]
+
+  def decode(self, ids):
+    return ' '.join(map(str, ids))
+
+
+def _tunix(work, folder, repeats):
+  import jax
+  import jax.numpy as jnp
+  import numpy as np
+  from flax import nnx
+  from tunix.generate import sampler as samplers
+  from tunix.models.llama3 import model as models, params
+
+  with open(os.path.join(folder, 'config.json'), encoding='utf-8') as file:
+    fields = json.load(file)
+  config = models.ModelConfig(
+      num_layers=fields['num_hidden_layers'], vocab_size=fields['vocab_size'], embed_dim=fields['hidden_size'],
+      hidden_dim=fields['intermediate_size'], num_heads=fields['num_attention_heads'], head_dim=fields['head_dim'],
+      num_kv_heads=fields['num_key_value_heads'], norm_eps=fields['rms_norm_eps'], weight_tying=True,
+      rope_theta=fields['rope_theta'],
+  )
+  mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(1, 1), ('fsdp', 'tp'))
+  with mesh:
+    model = params.create_model_from_safe_tensors(folder, config, mesh, dtype=jnp.float32)
+    cache = samplers.CacheConfig(work.P + work.N, config.num_layers, config.num_kv_heads, config.head_dim)
+    sampler = samplers.Sampler(model, _Ids(), cache)
+    tokens = _prompts(work, config.vocab_size)
+    texts = [_Ids().decode(row) for row in np.repeat(tokens, work.k, axis=0)]
+    compiled = _counted()
+    run = lambda: sampler(
+        texts, max_generation_steps=work.N, max_prompt_length=work.P, eos_tokens=[-1], temperature=1.0,
+        top_p=work.top_p, seed=0,
+    )
+    result = _timed(run, repeats)
+    if [len(row) for row in run().tokens] != [work.N] * len(texts):
+      raise SystemExit(f'tunix did not give {work.N} tokens to every sample')
+    causal = jnp.tril(jnp.ones((1, work.P, work.P), bool))
+    ahead = nnx.jit(lambda model, tokens: model(tokens, jnp.arange(work.P)[None], None, causal)[0][0, -1, :4])
+    logits = ahead(model, jnp.asarray(tokens[:1]))
+  return {**result, 'compiled': len(compiled), 'logits': [float(x) for x in logits]}
 
 
 def _share(work, folder, repeats, shape):

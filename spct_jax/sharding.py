@@ -17,7 +17,9 @@ safe with several processes: every process holds the same host data and makes th
 
 import functools
 import math
+import os
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -159,6 +161,22 @@ def bytes_per_device(tree: Any, shardings: Any) -> int:
   def size(leaf, sharding):
     return math.prod(sharding.shard_shape(tuple(leaf.shape))) * np.dtype(leaf.dtype).itemsize
   return sum(jax.tree.leaves(jax.tree.map(size, tree, shardings)))
+
+
+def memory_limit(devices: Iterable[Any]) -> int | None:
+  """Bytes that the least of the devices of this process lets us use; None where nothing tells.
+
+  Devices on a CPU are given equal parts of the machine's memory.
+  """
+  local = [device for device in devices if device.process_index == jax.process_index()]
+  if local and all(device.platform == 'cpu' for device in local):
+    try:
+      return os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') // jax.local_device_count('cpu')
+    except (AttributeError, OSError, ValueError):  # not on every system
+      return None
+  stats = [device.memory_stats() for device in local]
+  limits = [entry['bytes_limit'] for entry in stats if entry and 'bytes_limit' in entry]
+  return min(limits) if limits else None
 
 
 def to_device(host_tree: Any, sharding: Any) -> Any:

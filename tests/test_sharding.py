@@ -1,6 +1,7 @@
 """The mesh, the rules, and the two crossings between host and devices."""
 
 import math
+import os
 
 import jax
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec as P
@@ -118,3 +119,25 @@ def test_replication_of_what_one_process_cannot_read():
   whole = sharding._replicate(mesh)(split)
   assert whole.is_fully_replicated
   np.testing.assert_array_equal(np.asarray(whole), np.arange(8.0))
+
+
+def test_devices_on_a_cpu_share_the_memory_of_the_machine():
+  whole = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
+  assert sharding.memory_limit(jax.devices()) == whole // 8
+
+
+class Lent:
+  """A device that tells what it lets us use."""
+
+  platform, process_index = 'gpu', 0
+
+  def __init__(self, limit, process_index=0):
+    self.limit, self.process_index = limit, process_index
+
+  def memory_stats(self):
+    return None if self.limit is None else {'bytes_limit': self.limit}
+
+
+def test_the_least_device_of_this_process_is_the_limit():
+  assert sharding.memory_limit([Lent(70), Lent(60), Lent(None), Lent(50, process_index=1)]) == 60
+  assert sharding.memory_limit([Lent(None)]) is None

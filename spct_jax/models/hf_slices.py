@@ -15,7 +15,6 @@ import concurrent.futures
 import functools
 import itertools
 import math
-import os
 from typing import Any
 
 import jax
@@ -61,8 +60,7 @@ def by_slices(weights, names, axes, shape, dtype, place, pool, pairs=0) -> jax.A
 
 
 def threads() -> concurrent.futures.ThreadPoolExecutor:
-  """Readers for the processors that this process may use: the copies that turn a kernel are bound by them."""
-  return concurrent.futures.ThreadPoolExecutor(min(8, len(os.sched_getaffinity(0))))
+  return concurrent.futures.ThreadPoolExecutor(hf_files.THREADS)
 
 
 @functools.lru_cache(maxsize=64)

@@ -120,7 +120,7 @@ def report(config: Any, mesh: Any, stages: tuple[str, ...]) -> None:
   tables = {stage: rows(config, mesh, stage, tok) for stage in stages}
   sums = {stage: sum(row.bytes for row in table) for stage, table in tables.items()}
   processes.say(f'model: {decoder.num_params:,} parameters, {decoder.config.num_layers} layers')
-  limit = plan.device_limit(mesh)
+  limit = sharding.memory_limit(mesh.devices.flatten())
   largest = max(sums, key=sums.get)
   for stage, table in tables.items():
     lines = plan.memory(table, limit=limit)

@@ -49,14 +49,21 @@ def sampling(config: Any, stage: str) -> None:
   """Numbers of a stage that draws judgements."""
   fields = config[stage]
   judge = config.judge
+  samples = f'{stage}.group' if stage == 'grpo' else f'{stage}.samples'
+  k = fields.group if stage == 'grpo' else fields.samples
   for name, value in (
       ('judge.max_new_tokens', judge.max_new_tokens),
       ('judge.chunk_prompts', judge.chunk_prompts),
       ('judge.chunk_tasks', judge.chunk_tasks),
       ('judge.rows', judge.rows),
-      (f'{stage}.samples', fields.group if stage == 'grpo' else fields.samples),
+      (samples, k),
   ):
     _at_least(name, value, 1)
+  if k > judge.rows:
+    raise ValueError(
+        f'judge.rows: got {judge.rows}, but {samples} asks for {k} samples of a prompt, which are to share one reading '
+        f'of it; raise judge.rows to {k} or more, or ask for fewer samples'
+    )
   _ascending('judge.buckets', judge.buckets)
   if 'orders' in fields and fields.orders not in ORDERS:
     raise ValueError(f'{stage}.orders: got {fields.orders!r}; allowed: {", ".join(ORDERS)}')

@@ -51,7 +51,8 @@ def describe(mesh: Any) -> list[str]:
   platform = devices[0].platform
   axes = ', '.join(f'{axis} {size}' for axis, size in dict(mesh.shape).items())
   unused = jax.device_count() - devices.size
-  limit = device_limit(mesh)
+  # Devices on a CPU share one memory: a number for each would mislead.
+  limit = None if platform == 'cpu' else sharding.memory_limit(devices)
   return [
     f'devices: {devices.size} x {kind}'
     + (f' ({platform})' if platform != kind else '')
@@ -62,18 +63,8 @@ def describe(mesh: Any) -> list[str]:
   ]
 
 
-def device_limit(mesh: Any) -> int | None:
-  """Bytes that a device of this process lets us use; None where the backend does not tell (CPU)."""
-  local = [
-    device for device in mesh.devices.flatten() if device.process_index == jax.process_index()
-  ]
-  stats = [device.memory_stats() for device in local]
-  limits = [entry['bytes_limit'] for entry in stats if entry and 'bytes_limit' in entry]
-  return min(limits) if limits else None
-
-
 def memory(rows: Sequence[Row], *, limit: int | None) -> list[str]:
-  """The table as lines. `limit` is a device's memory in bytes (`device_limit`), None if unknown.
+  """The table as lines. `limit` is a device's memory in bytes (`sharding.memory_limit`), None if unknown.
 
   Raises:
     ValueError: the exact rows alone are more than the device has.
@@ -121,7 +112,7 @@ def report(
     ValueError: it cannot fit.
   """
   rows = [*(Row(name, count) for name, count in parts.items()), *estimates]
-  processes.say(*(f'{stage}: {line}' for line in memory(rows, limit=device_limit(mesh))))
+  processes.say(*(f'{stage}: {line}' for line in memory(rows, limit=sharding.memory_limit(mesh.devices.flatten()))))
 
 
 def size(count: int | float) -> str:

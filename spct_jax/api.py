@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 from spct_jax import pages, sharding, types
 from spct_jax.algos import voting
 from spct_jax.judges import grm, prompts
-from spct_jax.models import hf, unrolled
+from spct_jax.models import hf, int8, unrolled
 from spct_jax.models.transformer import Transformer
 from spct_jax.sampling.engine import Engine
 from spct_jax.stages import loading, named, workdir
@@ -64,6 +64,7 @@ class RewardModel:
   max_new_tokens: int
   temperature: float
   cache_rules: tuple
+  cache_dtype: str | None
 
   @classmethod
   def load(
@@ -76,13 +77,20 @@ class RewardModel:
       max_new_tokens: int | None = None,
       temperature: float = 0.5,
       dtype: str | None = None,
+      weights: str = '',
+      cache: str = '',
   ) -> 'RewardModel':
     """Loads a Hugging Face folder (config.json, safetensors, tokenizer), a PEFT folder, or a workdir of this package.
 
     stage: which model of a workdir: 'grpo', 'rft' or 'sft'; the furthest that is finished if None.
     template, max_prompt_tokens, max_new_tokens: by default a workdir's own, else 'grm', 4096 and 1024.
     temperature: of the samples (paper: 0.5). dtype: of the computation; bfloat16 on accelerators, float32 on a CPU.
+    weights, cache: 'int8' keeps matrices, or keys and values, in eight bits: half the memory of bfloat16, and what is
+    drawn then is nearly the model's (`models/int8.py`); '' for dtype.
     """
+    for name, value in (('weights', weights), ('cache', cache)):
+      if value not in ('', 'int8'):
+        raise ValueError(f"{name}: got {value!r}; allowed: 'int8', or '' for dtype")
     folder = pathlib.Path(folder).expanduser()
     if not folder.is_dir():
       raise ValueError(f'no folder {str(folder)!r}; give a Hugging Face folder or a workdir with a trained stage')
@@ -93,6 +101,8 @@ class RewardModel:
     decoder = Transformer(dataclasses.replace(decoder.config, dtype=dtype, param_dtype=dtype, remat=False))
     params = unrolled.consume(decoder.config, jax.tree.map(lambda leaf: leaf.astype(dtype), params))
     decoder = unrolled.model(decoder)
+    if weights:
+      params = jax.jit(int8.quantise, static_argnums=0)(decoder.config, params)
     return cls(
         decoder=decoder,
         params=params,
@@ -103,6 +113,7 @@ class RewardModel:
         max_new_tokens=max_new_tokens or page['max_new_tokens'],
         temperature=temperature,
         cache_rules=pages.sharding().cache_rules,
+        cache_dtype=cache or None,
     )
 
   def score(
@@ -154,16 +165,19 @@ class RewardModel:
         min_p=0.0,
         seed=seed,
     )
-    engine = _engine(self.decoder, self.mesh, self.cache_rules, k, self.max_new_tokens, self.tokenizer.eos_ids, seed)
+    engine = _engine(
+        self.decoder, self.mesh, self.cache_rules, k, self.max_new_tokens, self.tokenizer.eos_ids, seed,
+        self.cache_dtype,
+    )
     generate = lambda batch, tasks, infos: engine.generate(self.params, batch, tasks)
     return grm.Judge(generate, self.tokenizer, settings)
 
 
 @functools.lru_cache(maxsize=32)
-def _engine(decoder, mesh, cache_rules, rows, max_new_tokens, eos_ids, seed):
+def _engine(decoder, mesh, cache_rules, rows, max_new_tokens, eos_ids, seed, cache_dtype):
   return Engine(
       model=decoder, mesh=mesh, cache_rules=cache_rules, rows=rows, max_new_tokens=max_new_tokens,
-      eos_ids=eos_ids, seed=seed, stage='score',
+      eos_ids=eos_ids, seed=seed, stage='score', cache_dtype=cache_dtype,
   )
 
 

@@ -60,7 +60,7 @@ def program(mesh, eight_bits):
   return compiled.advance(engine, params, sizes, prompts=4, prompt_length=P, tasks=64), params
 
 
-# Seen to fail: the kernel without its `shard_map` (every chip then runs all heads of all prompts).
+# Seen to fail: the kernel without its `shard_map`, which the compiler refuses.
 def test_a_slice_of_eight_runs_splash_on_its_own_heads_and_moves_no_weight(mesh):
   made, params = program(mesh, eight_bits=False)
   text, least = made.as_text(), CONFIG.width * CONFIG.head_dim  # k of one of four chips

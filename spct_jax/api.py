@@ -23,7 +23,7 @@ from spct_jax import pages, sharding, types
 from spct_jax.algos import voting
 from spct_jax.judges import endings, grm, prompts
 from spct_jax.judges import expected as expected_scores
-from spct_jax.models import hf, unrolled
+from spct_jax.models import hf, int8, unrolled
 from spct_jax.models.transformer import Transformer
 from spct_jax.sampling.engine import Engine
 from spct_jax.sampling.scoring import Scorer
@@ -74,6 +74,7 @@ class RewardModel:
   temperature: float
   cache_rules: tuple
   ends: endings.Endings
+  cache_dtype: str | None
 
   @classmethod
   def load(
@@ -89,6 +90,8 @@ class RewardModel:
       stop_strings: Sequence[str] = (),
       stop_at_scores: bool = False,
       constrain_scores: bool = False,
+      weights: str = '',
+      cache: str = '',
   ) -> 'RewardModel':
     """Loads a Hugging Face folder (config.json, safetensors, tokenizer), a PEFT folder, or a workdir of this package.
 
@@ -97,7 +100,12 @@ class RewardModel:
     temperature: of the samples (paper: 0.5). dtype: of the computation; bfloat16 on accelerators, float32 on a CPU.
     stop_strings: texts that end a sample, which is cut before them. stop_at_scores: a sample ends with its score line.
     constrain_scores: only score lines that parse are drawn, within max_new_tokens: every sample votes.
+    weights, cache: 'int8' keeps matrices, or keys and values, in eight bits: half the memory of bfloat16, and what is
+    drawn then is nearly the model's (`models/int8.py`); '' for dtype.
     """
+    for name, value in (('weights', weights), ('cache', cache)):
+      if value not in ('', 'int8'):
+        raise ValueError(f"{name}: got {value!r}; allowed: 'int8', or '' for dtype")
     folder = pathlib.Path(folder).expanduser()
     if not folder.is_dir():
       raise ValueError(f'no folder {str(folder)!r}; give a Hugging Face folder or a workdir with a trained stage')
@@ -111,6 +119,8 @@ class RewardModel:
     decoder = Transformer(dataclasses.replace(decoder.config, dtype=dtype, param_dtype=dtype, remat=False))
     params = unrolled.consume(decoder.config, jax.tree.map(lambda leaf: leaf.astype(dtype), params))
     decoder = unrolled.model(decoder)
+    if weights:
+      params = jax.jit(int8.quantise, static_argnums=0)(decoder.config, params)
     return cls(
         decoder=decoder,
         params=params,
@@ -122,6 +132,7 @@ class RewardModel:
         temperature=temperature,
         cache_rules=pages.sharding().cache_rules,
         ends=ends,
+        cache_dtype=cache or None,
     )
 
   def score(
@@ -209,16 +220,19 @@ class RewardModel:
         seed=seed,
         ends=self.ends,
     )
-    engine = _engine(self.decoder, self.mesh, self.cache_rules, k, self.max_new_tokens, self.tokenizer.eos_ids, seed)
+    engine = _engine(
+        self.decoder, self.mesh, self.cache_rules, k, self.max_new_tokens, self.tokenizer.eos_ids, seed,
+        self.cache_dtype,
+    )
     generate = lambda batch, tasks, infos, withdraw=None: engine.generate(self.params, batch, tasks, withdraw=withdraw)
     return grm.Judge(generate, self.tokenizer, settings)
 
 
 @functools.lru_cache(maxsize=32)
-def _engine(decoder, mesh, cache_rules, rows, max_new_tokens, eos_ids, seed):
+def _engine(decoder, mesh, cache_rules, rows, max_new_tokens, eos_ids, seed, cache_dtype):
   return Engine(
       model=decoder, mesh=mesh, cache_rules=cache_rules, rows=rows, max_new_tokens=max_new_tokens,
-      eos_ids=eos_ids, seed=seed, stage='score',
+      eos_ids=eos_ids, seed=seed, stage='score', cache_dtype=cache_dtype,
   )
 
 

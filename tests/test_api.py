@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import spct_jax
-from spct_jax import types
+from spct_jax import sharding, types
 from spct_jax.judges import expected, grm
 from spct_jax.models import hf, unrolled
 from spct_jax.models.config import BlockConfig, ModelConfig
@@ -46,6 +46,17 @@ def test_score_is_a_function_of_content_and_seed(judge):
   assert texts(judge.score('What is 2 + 3?', ['4', '5'], k=3)) != texts(first)
   # A sample does not depend on how many there are.
   assert texts(judge.score('What is 2 + 2?', ['4', '5'], k=2)) == texts(first)[:2]
+
+
+def test_a_judge_in_eight_bits(folder):
+  small = spct_jax.RewardModel.load(
+      folder, template='short', max_prompt_tokens=256, max_new_tokens=6, weights='int8', cache='int8'
+  )
+  kernels = [leaf for path, leaf in sharding.leaf_paths(small.params) if path.endswith('kernel')]
+  assert len(kernels) == 8 and all(leaf.dtype == np.int8 for leaf in kernels)
+  assert len(small.score('What is 2 + 2?', ['4', '5'], k=3).samples) == 3
+  with pytest.raises(ValueError, match="cache: got 'int4'"):
+    spct_jax.RewardModel.load(folder, cache='int4')
 
 
 def test_votes_are_summed_in_the_callers_order(judge, monkeypatch):

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from spct_jax import sharding
-from spct_jax.models import kv_cache, unrolled
+from spct_jax.models import kv_cache
 from spct_jax.sampling import loop
 from spct_jax.stages import loading, plan, processes, samplers
 from spct_jax.train import optim, state as states

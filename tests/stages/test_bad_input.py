@@ -173,6 +173,8 @@ FIELDS = {
     'buckets': ({'judge.buckets': (512, 256)}, ('judge.buckets', '(512, 256)', 'ascending'), 'sample'),
     'no new tokens': ({'judge.max_new_tokens': 0}, ('judge.max_new_tokens', 'got 0', 'at least 1'), 'sample'),
     'rows': ({'judge.rows': 0}, ('judge.rows', 'got 0', 'at least 1'), 'evaluate'),
+    'cache': ({'model.sampler_cache': 'int4'}, ('model.sampler_cache', 'int4', "'int8'"), 'sample'),
+    'eight bits': ({'model.sampler_weights': 'fp8'}, ('model.sampler_weights', 'fp8', "'int8'"), 'grpo'),
     'more samples than rows': (
         {'judge.rows': 4, 'evaluate.samples': 8},
         ('judge.rows', 'got 4', 'evaluate.samples asks for 8', 'raise judge.rows to 8'), 'evaluate',

@@ -174,8 +174,8 @@ FIELDS = {
     'no new tokens': ({'judge.max_new_tokens': 0}, ('judge.max_new_tokens', 'got 0', 'at least 1'), 'sample'),
     'rows': ({'judge.rows': 0}, ('judge.rows', 'got 0', 'at least 1'), 'evaluate'),
     'more samples than rows': (
-        {'judge.rows': 2, 'evaluate.samples': 8},
-        ('judge.rows', 'got 2', 'evaluate.samples asks for 8', 'raise judge.rows to 8'), 'evaluate',
+        {'judge.rows': 4, 'evaluate.samples': 8},
+        ('judge.rows', 'got 4', 'evaluate.samples asks for 8', 'raise judge.rows to 8'), 'evaluate',
     ),
     'samples': ({'sample.samples': 0}, ('sample.samples', 'got 0', 'at least 1'), 'sample'),
     'hinted items': (

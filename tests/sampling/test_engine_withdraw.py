@@ -1,7 +1,9 @@
 """Tasks that are given up while the engine runs: the others do not change, and nothing waits for what is not wanted.
 
-Mutations seen to fail here: see the tests.
+Mutations seen to fail stand at the tests.
 """
+
+import dataclasses
 
 import jax
 import numpy as np
@@ -97,7 +99,7 @@ def test_each_task_is_told_once_when_it_has_ended_and_nothing_changes(votes, few
   assert all(tokens == whole.tokens[q][whole.token_mask[q]].tolist() for q, tokens in told)
 
 
-# The issue's bar. Seen to fail: samples that the vote needs withdrawn (>= needed - 1); a withdrawn task's row returned.
+# The issue's bar. Seen to fail: a withdrawn task's row returned; tokens of one task told for another.
 @pytest.mark.parametrize('shape', [None, dict(data=2, fsdp=2, tensor=2)], ids=['one', 'mesh'])
 def test_stopped_votes_have_the_winner_of_the_full_vote(votes, few_slots, shape):
   mesh, params = None, votes.params
@@ -136,7 +138,7 @@ def run_to_the_end(engine, votes, number_of):
 
 
 # Seen to fail: withdrawn tasks that wait are started (the old number in `_waiting`); rows that run one go on; prompts
-# without a task are filled; withdrawn tasks counted as left, so that the loop never ends.
+# without a task are filled.
 def test_withdrawn_tasks_never_start_and_free_their_rows_slots_and_prefills(votes, few_slots):
   engine = votes.engine(votes.model, rows=3)
   three_of_some = np.array([[3, 3, 0, 0, 0, 3, 0, 0]], np.int32)
@@ -152,8 +154,10 @@ def test_withdrawn_tasks_never_start_and_free_their_rows_slots_and_prefills(vote
 
 
 def test_prompts_of_an_item_come_side_by_side_and_few_of_their_tasks_at_once(votes):
-  dealt, prompts, _ = engine_module._deal(votes.prompts, votes.tasks, np.full(32, 6), 1, True)
-  np.testing.assert_array_equal(votes.tasks.prompt[dealt[0]], np.repeat(np.arange(8), 4))
+  # Seen to fail: prompts by their number of tasks.
+  tasks = dataclasses.replace(votes.tasks, row_mask=votes.tasks.sample < 7)
+  dealt, prompts, _ = engine_module._deal(votes.prompts, tasks, np.full(32, 6), 1, True)
+  np.testing.assert_array_equal(tasks.prompt[dealt[0][:28]], np.repeat(np.arange(8), [4, 3] * 4))
   number = np.full((1, 64), 32)
   assert engine_module._sizes(number, 2048, 256, 256).width > 8
   assert engine_module._sizes(number, 2048, 256, 256, True).width <= 8

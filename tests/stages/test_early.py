@@ -1,7 +1,7 @@
 """An evaluation whose votes stop: the accuracy of the full vote from fewer samples, resumed or not, and by the engine.
 
 Mutations seen to fail here: samples that were not drawn counted as parse failures; a chunk of stopped votes taken for
-another plan's; the vote of the drawn samples with a tie of its own (a decided vote that does not count `remaining`).
+another plan's; votes that stop before they are decided.
 """
 
 import importlib.util

@@ -434,7 +434,7 @@ def _trunk_arrays(prompts: PromptBatch, cut: trunks.Cut, places: trunks.Dealt, h
   )
 
 
-def _choose(prompts: PromptBatch, tasks: Tasks, G: int, rows: int, T: int, share_trunks: bool, withdraws: bool):
+def _choose(prompts: PromptBatch, tasks: Tasks, G: int, rows: int, T: int, share_trunks: bool, withdraws: bool = False):
   """-> the cut of the prompts, None where whole ones are as good, and the sizes. By work as estimated here.
 
   It is counted in what one query's attention to one position costs, for one group.

@@ -156,7 +156,7 @@ def test_withdrawn_tasks_never_start_and_free_their_rows_slots_and_prefills(vote
 def test_prompts_of_an_item_come_side_by_side_and_few_of_their_tasks_at_once(votes):
   # Seen to fail: prompts by their number of tasks.
   tasks = dataclasses.replace(votes.tasks, row_mask=votes.tasks.sample < 7)
-  dealt, prompts, _ = engine_module._deal(votes.prompts, tasks, np.full(32, 6), 1, True)
+  dealt, prompts, _ = engine_module._deal(votes.prompts, tasks, np.full(32, 6), 1, withdraws=True)
   np.testing.assert_array_equal(tasks.prompt[dealt[0][:28]], np.repeat(np.arange(8), [4, 3] * 4))
   number = np.full((1, 64), 32)
   assert engine_module._sizes(number, 2048, 256, 256).width > 8

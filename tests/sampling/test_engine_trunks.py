@@ -164,7 +164,7 @@ def test_scarce_slots_and_seats_of_trunks_change_nothing(rig, whole, monkeypatch
   # Each trunk was loaded once, and nothing is held any more.
   assert int(state.trunks.head[0]) == len(chosen[0].length) == 4
   assert (np.asarray(state.prompt) == 8).all() and (np.asarray(state.trunks.trunk) == 8).all()
-  assert_same(engine._rollouts(20, dealt, state), want)
+  assert_same(engine._rollouts(tasks, dealt, state), want)
 
 
 # Seen to fail when the rows of all groups sit at the trunk slots of the first.

@@ -25,6 +25,7 @@ name (seed, stage, visit, uid, sample) only, up to float ties: not on rows, batc
 
 from collections.abc import Callable
 import dataclasses
+import functools
 import math
 
 import jax
@@ -224,6 +225,8 @@ class Engine:
     share = self.share_trunks and not withdraws
     cut, sizes = _choose(prompts, tasks, settings.groups, self.rows, T, share, withdraws)
     dealt, *host = _deal(prompts, tasks, limits, settings.groups, cut, withdraws)
+    P = prompts.tokens.shape[1]
+    _check_memory(settings, sizes, *((P, 0) if cut is None else (cut.rest, cut.size)))
     dealt_prompts, queue = _put(host, self.mesh)
     queue = queue._replace(guides=_guides(tasks.guides, dealt, self.model.config.vocab_size, self.mesh))
     root = np.asarray(jax.random.key_data(keys.root_key(self.seed, self.stage)))
@@ -524,6 +527,31 @@ def _sizes(number: np.ndarray, Q: int, rows: int, P: int, withdraws: bool = Fals
       break
   _, slots, width = best
   return loop.Sizes(rows=rows, slots=slots, width=width, batch=min(batch, slots))
+
+
+@functools.lru_cache(maxsize=64)
+def _check_memory(settings: loop.Settings, sizes: loop.Sizes, P: int, Pt: int):
+  """ValueError where the caches alone are more than a device has; slots hold P tokens, those of trunks Pt."""
+  mesh, G, T = settings.mesh, settings.groups, settings.max_new_tokens
+  devices = jax.local_devices()[:1] if mesh is None else mesh.devices.flat
+  limit, found = sharding.memory_limit(devices), {}
+  for what, name, count, length in (
+      ('slots for prompts', 'prompt', sizes.slots, P), ('slots for what prompts share', 'prompt', sizes.trunk_slots, Pt),
+      ('rows', 'rows', sizes.rows, T),
+  ):
+    if count:
+      shapes = jax.eval_shape(functools.partial(loop.empty_cache, settings, name, G * count, length))
+      if mesh is None:
+        size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
+      else:
+        size = sharding.bytes_per_device(shapes, loop.cache_layout(name, shapes, settings.cache_rules, mesh))
+      found[f'{G * count} {what} of {length} tokens {size / 2**30:.3g} GiB'] = size
+  if limit is not None and sum(found.values()) > limit:
+    raise ValueError(
+        f'the caches need {sum(found.values()) / 2**30:.3g} GiB on each device ({", ".join(found)}), but a device has '
+        f'{limit / 2**30:.3g} GiB; take fewer rows, shorter prompts, fewer new tokens, more devices over the mesh, or '
+        "cache_dtype='int8'"
+    )
 
 
 def _check(prompts: PromptBatch, tasks: Tasks, vocab_size: int, limits: np.ndarray, T: int):

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from spct_jax import sharding
 from spct_jax.sampling import loop
 from spct_jax.types import PromptBatch, Rollouts, Tasks
 
@@ -187,3 +188,13 @@ def test_bad_settings_are_refused(rig):
   for message, change in changes.items():
     with pytest.raises(ValueError, match=message):
       rig.engine(rig.model, **{'rows': 3, **change})
+
+
+# Seen to fail when the rows are left out of the sum.
+def test_caches_that_no_device_holds_are_an_error_before_anything_is_compiled(rig, monkeypatch):
+  monkeypatch.setattr(sharding, 'memory_limit', lambda devices: 2**20)
+  monkeypatch.setattr(loop, 'start', lambda *_: pytest.fail('work has begun'))
+  tasks = rig.make_tasks(np.arange(64) % 5, np.arange(64) // 5)
+  words = r'caches need .* slots for prompts of 8 tokens .*, 64 rows of 500 tokens .* has .* fewer rows'
+  with pytest.raises(ValueError, match=words):
+    rig.engine(rig.model, rows=64, T=500).generate(rig.params, rig.prompts, tasks)

@@ -427,6 +427,9 @@ def _step(
     if guide.need is not None:
       ok = guides.allowed(guide, held, flat(queue.limit) - t.reshape(-1))
       allowed = ok if allowed is None else allowed & ok
+  if allowed is not None:
+    # A row without a task has run out of tokens: it would draw one that no table has, and leave NaN in its ring.
+    allowed |= (state.task == Q).reshape(-1, 1)
   given = (
       logits, keys.uniform(flat(task_keys), t.reshape(-1)), flat(queue.temperature), flat(queue.top_p),
       flat(queue.top_k), flat(queue.min_p),

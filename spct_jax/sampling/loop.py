@@ -379,6 +379,9 @@ def _prefill(settings, weights, tokens, place, cache, before=None):
 
   def attend(ref, q, k, v, cache):
     scale, softcap, window = model.config.score_scale(ref.config), model.config.attn_softcap, ref.config.window
+    if settings.cache_dtype == 'int8':
+      # As the cache will hold them, and as a branch sees its trunk: else a task would depend on where prompts are cut.
+      k, v = (int8.floats(int8.rounded(x, (3,)), x.dtype) for x in (k, v))
     if before is None:
       out = _causal(settings, q, k, v, scale, window, softcap)
     else:

@@ -50,9 +50,9 @@ _POSITIONS = 1024  # of the slot that is meant
 _GAIN = 0.9  # a cut has to leave this much of the work at most, so that chance does not choose a program
 
 
-# Called with the tasks that have newly ended, as their indices int[m] and their rollouts in that order; returns the
-# indices of tasks to give up: of each prompt the last ones, in the order of the tasks. What ran or has ended may be
-# among them. A function of what it was given alone, because every process calls its own.
+# Called with the tasks that have newly ended, as their indices int[m] and their rollouts in that order, without `kept`;
+# returns the indices of tasks to give up: of each prompt the last ones, in the order of the tasks. What ran or has
+# ended may be among them. A function of what it was given alone, because every process calls its own.
 Withdraw = Callable[[np.ndarray, Rollouts], np.ndarray]
 
 

@@ -379,6 +379,9 @@ def _prefill(settings, weights, tokens, place, cache, before=None):
 
   def attend(ref, q, k, v, cache):
     scale, softcap, window = model.config.score_scale(ref.config), model.config.attn_softcap, ref.config.window
+    if settings.cache_dtype == 'int8':
+      # As the cache will hold them, and as a branch sees its trunk: else a task would depend on where prompts are cut.
+      k, v = (int8.floats(int8.rounded(x, (3,)), x.dtype) for x in (k, v))
     if before is None:
       out = _causal(settings, q, k, v, scale, window, softcap)
     else:
@@ -427,6 +430,9 @@ def _step(
     if guide.need is not None:
       ok = guides.allowed(guide, held, flat(queue.limit) - t.reshape(-1))
       allowed = ok if allowed is None else allowed & ok
+  if allowed is not None:
+    # A row without a task has run out of tokens: it would draw one that no table has, and leave NaN in its ring.
+    allowed |= (state.task == Q).reshape(-1, 1)
   given = (
       logits, keys.uniform(flat(task_keys), t.reshape(-1)), flat(queue.temperature), flat(queue.top_p),
       flat(queue.top_k), flat(queue.min_p),

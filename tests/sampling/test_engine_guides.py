@@ -15,6 +15,7 @@ from spct_jax.judges import endings, parse
 from spct_jax.models.config import BlockConfig, ModelConfig
 from spct_jax.models.transformer import Transformer
 from spct_jax.sampling import decoding, loop
+from spct_jax.sampling import engine as engine_module
 from spct_jax.sampling.engine import Engine
 from spct_jax.testing import tiny, vocabularies
 from spct_jax.types import PromptBatch, Tasks
@@ -88,6 +89,16 @@ def test_constrained_lines_parse_whatever_the_weights(rig, kind):
     for q, text in enumerate(found):
       assert parse.read(text, *KINDS[q % 3][:3]).kind == 'ok', text
     assert len(set(found)) > (15 if weights is params else 2)
+
+
+# Seen to fail: rows that wait held to a guide, too (nothing is allowed, and NaN is left in the ring of the next task).
+def test_rows_that_wait_leave_nothing_behind(rig, constrained, monkeypatch):
+  tok, model, params = rig
+  one_slot = loop.Sizes(rows=5, slots=1, width=5, batch=1)
+  monkeypatch.setattr(engine_module, '_choose', lambda *_: (None, one_slot))
+  got = engine(tok, model).generate(params, PROMPTS, tasks_of(tok, CONSTRAINED))
+  np.testing.assert_array_equal(got.tokens, constrained.tokens)
+  np.testing.assert_allclose(got.logp, constrained.logp, atol=2e-5)
 
 
 # Seen to fail: log-probabilities among the allowed tokens only.

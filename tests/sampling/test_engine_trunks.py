@@ -141,6 +141,15 @@ def test_tokens_are_the_uncached_argmax_and_those_of_whole_prompts(rig, whole):
   np.testing.assert_allclose(got.logp, logp, atol=1e-5)
 
 
+# Seen to fail when a prompt's tokens see each other unrounded, as those of a branch cannot see their trunk (other tokens).
+def test_a_cache_in_eight_bits_does_not_show_where_prompts_are_cut(rig, whole):
+  prompts, tasks, _ = whole
+  choose(prompts, tasks)
+  engine = dataclasses.replace(rig.engine(rig.model, rows=3), cache_dtype='int8')
+  want = dataclasses.replace(engine, share_trunks=False).generate(rig.params, prompts, tasks)
+  assert_same(engine.generate(rig.params, prompts, tasks), want, atol=1e-4)
+
+
 # Seen to fail when a trunk leaves while branches of it wait, when prompts are filled before their trunk is there, and
 # when a trunk seats more rows than it has seats.
 @pytest.mark.parametrize(

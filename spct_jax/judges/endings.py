@@ -42,9 +42,9 @@ class Endings:
 
   def __post_init__(self):
     strings = self.stop_strings
-    for name in ('at_scores', 'constrain_scores'):
-      if not isinstance(getattr(self, name), bool):
-        raise ValueError(f'{name}: got {getattr(self, name)!r}; allowed: True, False')
+    for option, value in (('stop_at_scores', self.at_scores), ('constrain_scores', self.constrain_scores)):
+      if not isinstance(value, bool):
+        raise ValueError(f'{option}: got {value!r}; allowed: True, False')
     if not isinstance(strings, tuple) or not all(isinstance(text, str) and text for text in strings):
       raise ValueError(f'stop_strings: got {strings!r}; allowed: a tuple of strings of at least one character')
     if strings and self.constrain_scores:

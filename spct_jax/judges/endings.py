@@ -42,9 +42,9 @@ class Endings:
 
   def __post_init__(self):
     strings = self.stop_strings
-    for name in ('at_scores', 'constrain_scores'):
-      if not isinstance(getattr(self, name), bool):
-        raise ValueError(f'{name}: got {getattr(self, name)!r}; allowed: True, False')
+    for option, value in (('stop_at_scores', self.at_scores), ('constrain_scores', self.constrain_scores)):
+      if not isinstance(value, bool):
+        raise ValueError(f'{option}: got {value!r}; allowed: True, False')
     if not isinstance(strings, tuple) or not all(isinstance(text, str) and text for text in strings):
       raise ValueError(f'stop_strings: got {strings!r}; allowed: a tuple of strings of at least one character')
     if strings and self.constrain_scores:
@@ -58,15 +58,17 @@ _LEAST = (1, 1, 10, False)
 NONE = Endings(stop_strings=(), at_scores=False, constrain_scores=False)
 
 
-def check(wanted: Endings, tokenizer: Tokenizer, max_new_tokens: int) -> None:
-  """ValueError for what no tokens spell, and for a limit that not even the line of a single response fits into."""
+def check(wanted: Endings, tokenizer: Tokenizer, max_new_tokens: int, responses: int = 1) -> None:
+  """ValueError for what no tokens spell, and for a limit that the score line of so many responses does not fit into."""
   guides(wanted, tokenizer, [_LEAST], [_LEAST], 1)
   if wanted.constrain_scores:
-    table, starts = endings.constrained(tokenizer, (_LEAST,))
-    need = int(table.need[starts[_LEAST]])
+    line = responses, *_LEAST[1:]
+    table, starts = endings.constrained(tokenizer, (line,))
+    need = int(table.need[starts[line]])
     if need > max_new_tokens:
+      of = '' if responses == 1 else f' of {responses} responses'
       raise ValueError(
-          f'constrain_scores: a score line takes up to {need} tokens, the limit is {max_new_tokens}; raise '
+          f'constrain_scores: a score line{of} takes up to {need} tokens, the limit is {max_new_tokens}; raise '
           'max_new_tokens'
       )
 

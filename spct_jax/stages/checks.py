@@ -141,7 +141,7 @@ def truncates(fields: Any) -> bool:
 def evaluation(config: Any, mesh: Any) -> None:
   """Votes must fit into the pool, and the voters into the vote."""
   sampling(config, 'evaluate')
-  _endings(config)
+  score_endings(config)
   trackers.compiled(config.trackers)
   fields = config.evaluate
   ks = tuple(fields.ks)
@@ -233,12 +233,12 @@ def _early(config: Any) -> None:
     raise ValueError(f'evaluate.{error}') from None
 
 
-def _endings(config: Any) -> None:
-  """Stop strings and score lines that the tokenizer cannot spell, or not within the limit."""
+def score_endings(config: Any, responses: int = 1) -> None:
+  """Stop strings and score lines that the tokenizer cannot spell, or not within the limit: of so many responses."""
   wanted = loading.judge_endings(config)
   if wanted != endings.NONE:
     try:
-      endings.check(wanted, loading.tokenizer(config), config.judge.max_new_tokens)
+      endings.check(wanted, loading.tokenizer(config), config.judge.max_new_tokens, responses)
     except ValueError as error:
       raise ValueError(f'evaluate: {error}') from None
 

@@ -98,6 +98,7 @@ def _check_lengths(config, found, names):
   if 'grpo' in names and config.grpo.validate_every:
     judged.append(('grpo', 'grpo, validation', found.validation, 'binary'))
   if 'evaluate' in names:
+    checks.score_endings(config, max(len(example.responses) for example in found.heldout))
     judged.append(('evaluate', 'evaluate', found.heldout, config.evaluate.single))
   for name, desc, examples, single in judged:
     settings = loading.judge_settings(config, config[name], orders='fixed', single=single)

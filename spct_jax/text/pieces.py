@@ -76,36 +76,35 @@ def _decoded(tokens: list[str | None], decoder: dict[str, Any] | None) -> Pieces
   if decoder is None:  # tokens are joined by blanks
     spaced = [True] * len(tokens)
   for step in _flat(decoder):
-    kind = step['type']
+    kind, words = step['type'], [i for i in here if isinstance(text[i], str)]  # the others are bytes already
     if kind == 'ByteLevel':
-      for i in here:
+      for i in words:
         text[i] = _byte_level(text[i])
     elif kind == 'ByteFallback':
-      for i in here:
+      for i in words:
         if found := _BYTE.fullmatch(text[i]):
           text[i] = bytes([int(found[1], 16)])
     elif kind == 'WordPiece' and not step['cleanup']:
-      for i in here:
+      for i in words:
         spaced[i] = not text[i].startswith(step['prefix'])
         text[i] = text[i].removeprefix(step['prefix'])
     elif kind == 'Metaspace':
-      for i in here:
+      for i in words:
         text[i] = text[i].replace(step['replacement'], ' ')
         if step['prepend_scheme'] != 'never' and text[i].startswith(' '):
           spaced[i], text[i] = True, text[i][1:]
     elif kind == 'Replace' and not fused and 'String' in step['pattern']:
-      for i in here:
-        if isinstance(text[i], str):
-          text[i] = text[i].replace(step['pattern']['String'], step['content'])
+      for i in words:
+        text[i] = text[i].replace(step['pattern']['String'], step['content'])
     elif kind == 'Replace' and _drops_a_blank(step, before=True):
-      for i in here:
+      for i in words:
         spaced[i] &= not text[i].startswith(step['content'])
     elif kind == 'Replace' and _drops_a_blank(step, before=False):
-      for i in here:
+      for i in words:
         glues[i] |= text[i].endswith(step['content'])
     elif kind == 'Strip' and step['content'] == ' ' and step['start'] <= 1 and step['stop'] == 0:
-      for i in here:
-        if step['start'] and isinstance(text[i], str) and text[i].startswith(' '):
+      for i in words:
+        if step['start'] and text[i].startswith(' '):
           spaced[i], text[i] = True, text[i][1:]
     elif kind == 'Fuse':
       fused = True

@@ -86,9 +86,10 @@ def test_stop_strings_are_cut_off_before_the_first_to_end_the_longest_of_these()
 @pytest.mark.parametrize('strings, at, constrain, message', [
     ('END', False, False, 'a tuple of strings'), (('',), False, False, 'at least one character'), 
     (('a',), False, True, 'set one of the two'),
-    ((), 1, False, 'at_scores'), ((), False, 'yes', 'constrain_scores'),
+    ((), 1, False, '^stop_at_scores: got 1'), ((), False, 'yes', 'constrain_scores'),
 ])
 def test_bad_options_are_refused(strings, at, constrain, message):
+  # Seen to fail: `at_scores` named, which no caller's option is called.
   with pytest.raises(ValueError, match=message):
     endings.Endings(strings, at, constrain)
 

@@ -7,7 +7,7 @@ import pytest
 
 from spct_jax import sharding, stages
 from spct_jax.judges import endings, grm
-from spct_jax.stages import checks, loading, workdir
+from spct_jax.stages import checks, loading, pipeline, workdir
 
 
 @pytest.fixture
@@ -43,3 +43,16 @@ def test_stages_that_draw_to_learn_refuse_such_options(page):
     page[stage].stop_at_scores = False
     with pytest.raises(ValueError, match=f'{stage}.stop_at_scores: judgements to learn from are drawn as the model'):
       checks.sampling(page, stage)
+
+
+def test_a_limit_that_the_longest_score_line_does_not_fit_into_is_said_before_work_starts(page, tmp_path):
+  # Seen to fail: only the line of a single response looked at; the engine then said so in the middle of the stage.
+  page.judge.max_new_tokens, page.evaluate.models = 15, ('base',)  # one of the items has three responses
+  mesh = sharding.make_mesh({'data': 1, 'fsdp': 1, 'tensor': 1})
+  with workdir.open_workdir(tmp_path / 'w', page) as opened:
+    for start in (
+        lambda: stages.RUN['evaluate'](page, opened, mesh), lambda: pipeline.check(('evaluate',), page, opened, mesh)
+    ):
+      with pytest.raises(ValueError, match='a score line of 3 responses takes up to 16 tokens, the limit is 15'):
+        start()
+    assert not (tmp_path / 'w' / 'evaluate').exists()

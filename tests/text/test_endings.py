@@ -153,6 +153,18 @@ def test_decoders_that_look_further_are_refused():
     pieces.of(tok)
 
 
+def test_bytes_before_a_metaspace_decoder_are_read():
+  # Seen to fail: '▁' looked for in what is bytes already (TypeError).
+  from tokenizers import decoders
+
+  tok = vocabularies.metaspace()
+  tok.hf.backend_tokenizer.decoder = decoders.Sequence(
+      [decoders.ByteFallback(), decoders.Metaspace(prepend_scheme='never')]
+  )
+  ids = tok.hf.convert_tokens_to_ids(['<0x0A>', 'S', '▁', '<0xC3>', '<0xA9>'])
+  assert pieces.of(tok).decode(ids).decode() == tok.decode(ids) == '\nS é'
+
+
 def test_tables_of_a_large_vocabulary_stay_small(shared):
   tok = tokenizers.load(shared / 'data' / 'tokenizers' / 'qwen2')
   lines = tuple((n, 1, 10, opened) for n in (1, 2, 3, 4) for opened in (False, True))

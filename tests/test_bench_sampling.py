@@ -5,9 +5,12 @@ import pathlib
 import subprocess
 import sys
 
+import pytest
+
 SCRIPT = pathlib.Path(__file__).resolve().parents[1] / 'experiments' / 'bench_sampling.py'
 
 
+@pytest.mark.slow
 def test_three_bars_run_and_are_written(tmp_path):
   out = tmp_path / 'rows.json'
   flags = ['--tiny', '--repeats=1', '--bars=memory,share,meta', f'--json={out}']

@@ -97,6 +97,7 @@ def assert_same_run(found, whole):
   assert ours == theirs and len(ours) > 10
 
 
+@pytest.mark.slow
 def test_two_processes_end_where_one_does(whole, tmp_path):
   with socket.socket() as free:
     free.bind(('127.0.0.1', 0))
@@ -112,12 +113,14 @@ def test_two_processes_end_where_one_does(whole, tmp_path):
   assert_same_run(tmp_path / 'w', whole)
 
 
+@pytest.mark.slow
 def test_eight_devices_end_where_one_does(whole, tmp_path):
   mesh = ['--config.mesh.data=2', '--config.mesh.fsdp=2', '--config.mesh.tensor=2']
   finish(start(tmp_path / 'w', *mesh, devices=8))
   assert_same_run(tmp_path / 'w', whole)
 
 
+@pytest.mark.slow
 def test_killed_twice_and_started_again(whole, tmp_path):
   """SIGKILL when the first chunks are there, and when GRPO has a checkpoint; then the same command finishes."""
   workdir = tmp_path / 'w'

@@ -16,6 +16,7 @@ import numpy as np
 
 from spct_jax.types import PromptBatch, Tasks
 
+LEAST = 1024  # tokens of the bucket; of shorter ones to read the beginnings costs less than to compile more programs
 _BLOCK = 128  # slots of trunks that are longer are a multiple of it, as `suffixes` wants them
 
 
@@ -30,8 +31,13 @@ class Cut:
 
 
 def cuts(prompts: PromptBatch, tasks: Tasks) -> list[Cut]:
-  """Ways to cut a batch, few, so that few programs arise; none where no two prompts share an eighth of the bucket."""
+  """Ways to cut a batch, few, so that few programs arise.
+
+  None of short prompts (`LEAST`), and none where no two prompts share an eighth of the bucket.
+  """
   P = prompts.tokens.shape[1]
+  if P < LEAST:
+    return []
   real = np.flatnonzero(tasks.row_mask)
   used, first = np.unique(tasks.prompt[real], return_index=True)
   length = np.asarray(prompts.length)

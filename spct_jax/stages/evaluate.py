@@ -196,11 +196,13 @@ def _expected_scores(config, decoder, params, mesh, drawn, settings, tok, path, 
     processes.only_writer(lambda: records.write_jsonl(path, found), what=f'writing {path}')
   rows = list(records.read_jsonl(path))
   lost = [share for row in rows for share in row['lost'] or ()]
+  elsewhere = ''
   if lost:
-    processes.say(
-        f'evaluate {name}: expected scores of {sum(row["scores"] is not None for row in rows)} of {len(rows)} '
-        f'judgements; at {len(lost)} places {results.percent(float(np.mean(lost)))} of the probability went elsewhere'
-    )
+    elsewhere = f'; at {len(lost)} places {results.percent(float(np.mean(lost)))} of the probability went elsewhere'
+  processes.say(
+      f'evaluate {name}: expected scores of {sum(row["scores"] is not None for row in rows)} of {len(rows)} judgements, '
+      f'the drawn ones of the others{elsewhere}'
+  )
   return {(row['uid'], row['sample']): row['scores'] for row in rows}
 
 

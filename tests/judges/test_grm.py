@@ -93,12 +93,13 @@ def test_judging_keeps_the_order_of_the_items(examples):
 
 
 # Seen to fail when an item's tasks are named by its orders (its prompts are then cut apart).
-def test_orders_of_an_item_are_one_trunk_for_the_engine():
+def test_orders_of_an_item_are_one_trunk_for_the_engine(monkeypatch):
   given = []
 
   def generate(batch, tasks, infos):
     given.append((batch, tasks, infos))
-    return types.Rollouts(np.zeros((12, 1), np.int32), np.zeros((12, 1), np.float32), np.zeros((12, 1), bool), np.zeros(12, bool))
+    tokens, logp, mask = (np.zeros((12, 1), dtype) for dtype in (np.int32, np.float32, bool))
+    return types.Rollouts(tokens, logp, mask, np.zeros(12, bool))
 
   items = [
       Example(uid=uid, messages=(Message('user', ' '.join([word] * 150)),), responses=('yes', 'no', 'perhaps'), label=0)
@@ -108,6 +109,8 @@ def test_orders_of_an_item_are_one_trunk_for_the_engine():
   settings = dataclasses.replace(scripted_judge.settings, chunk_prompts=12, chunk_tasks=12)
   grm.judge(dataclasses.replace(scripted_judge, settings=settings), items, samples=6, stage='x')
   (batch, tasks, infos), = given
+  assert trunks.cuts(batch, tasks) == []  # so short prompts are not worth a program
+  monkeypatch.setattr(trunks, 'LEAST', 1)
   cut = trunks.cuts(batch, tasks)[0]
   assert len({(info.uid, info.order) for info in infos}) > 6 and len(cut.length) == 2 and cut.length.min() > 150
   assert len({(info.uid, cut.trunk[prompt]) for info, prompt in zip(infos, tasks.prompt)}) == 2

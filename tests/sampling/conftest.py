@@ -10,11 +10,17 @@ import pytest
 
 from spct_jax.models.config import BlockConfig, Experts, Latent, ModelConfig
 from spct_jax.models.transformer import Transformer
+from spct_jax.sampling import trunks
 from spct_jax.sampling.engine import Engine
 from spct_jax.testing import tiny
 from spct_jax.types import PromptBatch, Tasks
 
 EOS = (3, 17, 40)
+
+
+@pytest.fixture(autouse=True)
+def short_prompts_are_cut_too(monkeypatch):
+  monkeypatch.setattr(trunks, 'LEAST', 1)
 
 
 def make_prompts(vocabulary: int, lengths=(8, 1, 5, 2, 7), P: int = 8, seed: int = 0) -> PromptBatch:

@@ -15,6 +15,8 @@ import pytest
 from spct_jax import sharding, stages
 from spct_jax.stages import workdir
 
+pytestmark = pytest.mark.slow
+
 BASE = pathlib.Path(__file__).parent / 'practice_base'
 PAGE = pathlib.Path(__file__).resolve().parents[2] / 'configs' / 'quickstart.py'
 PAIRS = 'made:spct_jax.data.practice:preferences'

@@ -68,6 +68,7 @@ def bytes_held():
   return sum({array.unsafe_buffer_pointer(): array.nbytes for array in arrays}.values())
 
 
+@pytest.mark.slow
 def test_the_whole_of_it_on_adapters(go, config):
   run, tok, mesh = go
   live, bound = [], {}

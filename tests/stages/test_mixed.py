@@ -479,9 +479,9 @@ def test_the_meta_rm_scores_the_order_that_each_sample_saw(ran, tmp_path):
   """Seen to fail: `_meta_scores` building its prompts in file order."""
   seen = []
 
-  def score(tokens, lengths):
-    seen.extend(tuple(int(x) for x in row[:length]) for row, length in zip(tokens, lengths) if length > 1)
-    return np.arange(len(tokens), dtype=np.float32)
+  def score(prompts, suffixes, prompt_of, on_rows):
+    seen.extend((*prompts[prompt], *suffix) for prompt, suffix in zip(prompt_of, suffixes))
+    return np.arange(len(suffixes), dtype=np.float32)
 
   drawn = ran.trajectories('evaluate/base.jsonl')
   found = evaluate._meta_scores(
@@ -494,7 +494,7 @@ def test_the_meta_rm_scores_the_order_that_each_sample_saw(ran, tmp_path):
     assert ids[-len(t.token_ids) :] == t.token_ids
     assert shown(ran, ids, by_uid[t.uid]) == t.order
   assert sum(t.order != tuple(range(len(t.order))) for t in drawn) > 3
-  assert found[drawn[17].uid, drawn[17].sample] == 17 % 16  # the second batch of 16, in the order drawn
+  assert found[drawn[17].uid, drawn[17].sample] == 17  # in the order drawn
 
 
 # GRPO

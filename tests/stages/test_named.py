@@ -165,6 +165,7 @@ def test_a_changed_folder_is_a_changed_input(config, tok, tmp_path):
     assert not opened.is_done('sample', config, reads)
 
 
+@pytest.mark.slow
 def test_evaluation_of_folders_with_a_folder_as_meta_rm(config, tok, mesh, tmp_path):
   lm, scalar = loading.model(config, tok), loading.model(config, tok, head_kind='scalar')
   write(tmp_path / 'a' / 'judge', lm, 1)
@@ -343,6 +344,7 @@ def test_a_workdir_s_relative_paths_start_where_it_ran(config, tok, mesh, tmp_pa
   assert str(tmp_path / 'here' / 'base' / 'config.json') in named.reads(config, f'{tmp_path / "full"}:rft')
 
 
+@pytest.mark.slow
 def test_a_router_keeps_its_dtype_through_training_checkpoints_and_sampling(config, tok, mesh, tmp_path):
   fields = families.config('deepseek_v2', 3) | {'vocab_size': tok.vocab_size}
   decoder = Transformer(hf_config.read('config.json', fields, dtype='bfloat16'))

@@ -34,6 +34,7 @@ def train(config, path):
 
 # Seen to fail when the batch gets the sampler's full log-probabilities, when the learner's
 # log-probabilities are over the full vocabulary, and when the cap cuts at every step (`kept_capped` of 1).
+@pytest.mark.slow
 def test_grpo_replays_what_its_sampler_drew_from(page, tmp_path, capsys):
   rows = train(page, tmp_path / 'w')
   assert len(rows) == 2

@@ -52,6 +52,7 @@ def config(config):
   return config
 
 
+@pytest.mark.slow
 def test_killed_anywhere_it_ends_in_the_same_files(run, monkeypatch):
   whole = content(run(script, folder='whole'))
 

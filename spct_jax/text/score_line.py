@@ -5,9 +5,10 @@ are skipped, a label stands at the start of a line behind any Markdown, and its 
 colon, or with nothing but signs and blanks between.
 
     closes      stops behind the first closed box of a line labelled `Scores` (`Final Scores`, `Overall Scores`). From
-                there on all boxes must say the same, so the scores of whatever follows are these or none, unless
-                a thought ends there, behind which the parser begins anew. Bare labels (`Score`, `Output`) also name single marks, so
-                there the text goes on. A box with anything but integers, commas and blanks in it stops nothing.
+                there on all boxes must say the same, so the scores of whatever follows are these or none, unless a
+                thought ends there, behind which the parser begins anew. Bare labels (`Score`, `Output`) also name
+                single marks, so there the text goes on. A box with anything but integers, commas and blanks in it
+                stops nothing.
     constrained stops behind a box with exactly n integers in [low, high], and has nowhere to go from what could keep
                 such a box from being the verdict: a box that is on no score line (labels of all kinds open one), and a
                 broken character, which would take its neighbours with it. So the text before it holds no box at all

@@ -23,6 +23,7 @@ PAGES = sorted(
 
 # About a minute each with a warm compilation cache on two free cores; the longest tests of this file.
 @pytest.mark.parametrize('page', PAGES)
+@pytest.mark.slow
 def test_smoke(page, tmp_path):
   command = [sys.executable, '-m', 'spct_jax.main', f'--config=configs/{page}:smoke', f'--workdir={tmp_path}/w']
   done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)

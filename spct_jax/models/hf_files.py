@@ -11,6 +11,7 @@ unpickles; a folder with other weight formats is refused with the remedy.
 
 import collections
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -39,9 +40,8 @@ _LONGEST_HEADER = 100 * 2**20  # bytes; what the format allows
 _OTHER_FORMATS = ('.bin', '.pt', '.pth', '.ckpt', '.pkl', '.h5', '.msgpack', '.npz', '.gguf', '.onnx', '.ot')
 # Readers, for the processors that this process may use: the copies that turn a kernel are bound by them.
 THREADS = min(8, len(os.sched_getaffinity(0)))
-# Bytes that a reader takes at once where the values are not read in place: they stay in its cache until they are copied,
-# and all readers together hold a few MB.
-_CHUNK = 2**21 // max(4, THREADS)
+_CHUNK = 2**20  # bytes that a reader takes at most where values are not read in place: in its cache until they are copied
+_LEAST_CHUNK = 2**17
 _ROWS = 64  # at least: of a wide matrix few rows would be slow to turn
 
 
@@ -97,7 +97,7 @@ class Weights:
     wide = columns.stop - columns.start == width
     if wide and len(into) == 1 and into[0].takes(tensor, rows, columns):
       return self._bytes(tensor, rows.start * width * source.itemsize, into[0].out)
-    step = max(_CHUNK // max((columns.stop - columns.start) * source.itemsize, 1), _ROWS)
+    step = max(self._chunk // max((columns.stop - columns.start) * source.itemsize, 1), _ROWS)
     for first in range(rows.start, rows.stop, step):
       last = min(first + step, rows.stop)
       values = self._scratch((last - first, columns.stop - columns.start), source)
@@ -131,6 +131,12 @@ class Weights:
       if not np.array_equal(*pieces):
         return False
     return True
+
+  @functools.cached_property
+  def _chunk(self) -> int:
+    """So little that all readers together hold less than the largest tensor: a chunk, what it is turned to, and more."""
+    largest = max(tensor.nbytes for tensor in self.tensors.values())
+    return min(_CHUNK, max(_LEAST_CHUNK, largest // (8 * max(2, THREADS))))
 
   _memory = threading.local()
 

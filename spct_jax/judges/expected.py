@@ -101,7 +101,7 @@ def of(
 
 def _places(trajectory, low, high, spelling, before, behind) -> list[_Place] | None:
   """Where the scores begin; None if the ids do not spell them."""
-  stops, glued, raw = _spans(trajectory.token_ids, spelling.pieces)
+  raw, stops, glued = spelling.pieces.spans(trajectory.token_ids)
   text, n = raw.decode('utf-8', 'surrogateescape'), len(trajectory.order)
   box = parse.box(text, n, low, high)
   if box is None or parse.scores(text, n, low, high) != trajectory.scores:
@@ -117,18 +117,6 @@ def _places(trajectory, low, high, spelling, before, behind) -> list[_Place] | N
     )))
     start += size(part) + 1
   return out
-
-
-def _spans(ids, pieces):
-  """(how many bytes stand after 0, 1, ... ids; whether a blank before the next is swallowed there; all bytes)."""
-  stops, glued, raw = [0], [True], b''
-  for index in ids:
-    text = pieces.text[index] or b''
-    spaced = pieces.spaced[index] and pieces.text[index] is not None
-    raw += b' ' * (spaced and not glued[-1]) + text
-    stops.append(len(raw))
-    glued.append(pieces.glues[index] or (glued[-1] and not spaced and not text))
-  return stops, glued, raw
 
 
 @dataclasses.dataclass(frozen=True)

@@ -63,7 +63,7 @@ def sample(
     allowed: Bool[Array, 'R V'] | None = None,
 ) -> tuple[Int[Array, ' R'], Float[Array, ' R']]:
   """Draws one token a row; `uniform` is in [0, 1). Off: top_p = 1, top_k = 0, min_p = 0."""
-  return _sample(logits, uniform, temperature, top_p, top_k, min_p, allowed, cap=0)[:2]
+  return sample_kept(logits, uniform, temperature, top_p, top_k, min_p, 0, allowed)[:2]
 
 
 def sample_kept(
@@ -75,12 +75,11 @@ def sample_kept(
     min_p: Float[Array, ' R'],
     cap: int,
     allowed: Bool[Array, 'R V'] | None = None,
-) -> tuple[Int[Array, ' R'], Float[Array, ' R'], Kept]:
-  """`sample` from at most `cap` tokens (1 to V, static), and which ones; a row that truncates nothing is cut too."""
-  return _sample(logits, uniform, temperature, top_p, top_k, min_p, allowed, cap)
+) -> tuple[Int[Array, ' R'], Float[Array, ' R'], Kept | None]:
+  """`sample` from at most `cap` tokens (1 to V, static), and which ones; a row that truncates nothing is cut too.
 
-
-def _sample(logits, uniform, temperature, top_p, top_k, min_p, allowed, cap):
+  With a cap of 0 nothing is cut and none are told: None.
+  """
   raw = logits.astype(jnp.float32)
   logits = jnp.minimum(jnp.where(jnp.isnan(raw), -jnp.inf, raw), jnp.finfo(jnp.float32).max)
   top_R1 = logits.max(axis=1, keepdims=True)
@@ -133,7 +132,6 @@ def _cap(logits, weight, cap):
 
   weight = jax.lax.cond((count > cap).any(), cut, lambda: weight)
   return weight, jnp.where(best > -jnp.inf, ids, -1), count
-
 
 
 def _only(allowed, logits, scale_R1):

@@ -29,20 +29,18 @@ import functools
 import math
 
 import jax
-from jax.sharding import NamedSharding, PartitionSpec
 import numpy as np
 
 from spct_jax import sharding
 from spct_jax.models import unrolled
 from spct_jax.models.config import DTYPES
 from spct_jax.models.transformer import Transformer
-from spct_jax.sampling import guides, keys, loop, slots, trunks
+from spct_jax.sampling import dealing, guides, keys, loop, slots, trunks
 from spct_jax.types import Kept, PromptBatch, Rollouts, Tasks
 
 _ALL = 2**30  # steps: more than any run takes
 _PREFILL = 1024  # tokens that go through the model at once: enough to fill it, few enough to keep its activations small
 _SEATS = 8  # of a prompt whose tasks may be withdrawn, where that keeps all rows busy
-_WIDTHS = sorted(m << i for m in (1, 3) for i in range(24))
 _SLOTS = sorted({m << i for m in range(8, 16) for i in range(24)} | set(range(1, 8)))
 # What a step's work is made of, in seats of one slot: to read one more slot, and a row with all that is not its prompt.
 _SLOT, _ROW = 16, 4
@@ -190,7 +188,7 @@ class Engine:
     settings, sizes, weights, root, prompts, queue = given
     waiting, total = _Waiting(dealt, sharding.to_host(prompts.number)), int((dealt >= 0).sum())
     state, count = loop.advance(*given, state, steps)
-    ended, told = loop.news(sizes, state, _put(np.zeros(dealt.shape, bool), self.mesh))
+    ended, told = loop.news(sizes, state, dealing.put(np.zeros(dealt.shape, bool), self.mesh))
 
     def wait():
       nonlocal prompts
@@ -210,7 +208,7 @@ class Engine:
           new = index >= 0
           theirs = tuple(dataclasses.replace(guide, start=guide.start[index[new]]) for guide in tasks.guides)
           waiting.withdraw(withdraw(index[new], self._rows(theirs, *(values[new] for values in found))))
-          prompts = prompts._replace(number=_put(waiting.number, self.mesh))
+          prompts = prompts._replace(number=dealing.put(waiting.number, self.mesh))
         done, seen = next_done, next_seen
 
     return wait
@@ -227,7 +225,7 @@ class Engine:
     dealt, *host = _deal(prompts, tasks, limits, settings.groups, cut, withdraws)
     P = prompts.tokens.shape[1]
     _check_memory(settings, sizes, *((P, 0) if cut is None else (cut.rest, cut.size)))
-    dealt_prompts, queue = _put(host, self.mesh)
+    dealt_prompts, queue = dealing.put(host, self.mesh)
     queue = queue._replace(guides=_guides(tasks.guides, dealt, self.model.config.vocab_size, self.mesh))
     root = np.asarray(jax.random.key_data(keys.root_key(self.seed, self.stage)))
     # Layers that stand alone pass by the program, whose results would be copies of them.
@@ -314,16 +312,9 @@ def _parts(count: int, ways: int) -> int:
   return -(-count // ways)
 
 
-def _put(tree, mesh):
-  where = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-  if mesh is not None:
-    where = NamedSharding(mesh, PartitionSpec(sharding.DATA_AXES))
-  return sharding.to_device(tree, where)
-
-
 def _guides(given, dealt, V, mesh) -> tuple[guides.Guide, ...]:
   """The tables whole on every device, the tasks' starts where the queues are."""
-  starts = _put([guide.start[np.maximum(dealt, 0)].astype(np.int32) for guide in given], mesh)
+  starts = dealing.put([guide.start[np.maximum(dealt, 0)].astype(np.int32) for guide in given], mesh)
   everywhere = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   if mesh is not None:
     everywhere = sharding.replicated(mesh)
@@ -341,9 +332,7 @@ def _places(counts: np.ndarray, G: int):
   U = len(counts)
   rank = np.empty(U, int)
   rank[np.argsort(-counts, kind='stable')] = np.arange(U)
-  # To and fro (0 1 2 2 1 0 0 1 ...), so that no group gets the larger one every time.
-  place, group = rank // G, rank % G
-  group = np.where(place % 2, G - 1 - group, group)
+  place, group = dealing.to_and_fro(rank, G)
   number = np.zeros((G, _parts(U, G)), np.int32)
   number[group, place] = counts
   return group, place, number
@@ -464,7 +453,7 @@ def _choose(prompts: PromptBatch, tasks: Tasks, G: int, rows: int, T: int, share
     room = _room(Q, dealt.number)
     held = min(_parts(rows, G), room)
     there = (dealt.source >= 0).sum(axis=1).max()
-    of_trunks = dealt.trunk_number[:, : next(width for width in _WIDTHS if width >= there)]
+    of_trunks = dealt.trunk_number[:, : dealing.step(int(there))]
     branch, trunk = _sizes(dealt.number, room, held, cut.rest), _sizes(of_trunks, room, held, cut.size)
     # Never more than whole prompts would take.
     slots = min(branch.slots, _parts(U, G))
@@ -508,7 +497,7 @@ def _sizes(number: np.ndarray, Q: int, rows: int, P: int, withdraws: bool = Fals
   most = max(_SEATS, _parts(rows, prompts)) if withdraws else rows
   batch = max(1, min(U, _PREFILL // P))
   best = None
-  for width in _WIDTHS:
+  for width in dealing.STEPS:
     width = min(width, rows, most)
     held = np.minimum(used, width).mean()
     waves = used.mean() / held

@@ -140,7 +140,7 @@ class State(NamedTuple):
   length: jax.Array  # [G, Q], tokens generated
   trunks: slots.Loaded | None = None
   guided: tuple = ()  # [G, R] for each of the queue's guides, the state that the row's task is in since its first step
-  kept: decoding.Kept | tuple[()] = ()  # [G, Q, T, C] and [G, Q, T]; () = not recorded
+  kept: decoding.Kept | None = None  # [G, Q, T, C] and [G, Q, T]; None = not recorded
 
 
 def empty_cache(settings: Settings, name: str, batch: int, length: int) -> dict:
@@ -216,7 +216,7 @@ def start(settings: Settings, sizes: Sizes, params: dict, prompts: Prompts, queu
       guided=tuple(rows for _ in queue.guides),
       kept=decoding.Kept(
           ids=zeros(Q, T, settings.kept) - 1, logp=zeros(Q, T).astype(jnp.float32), count=zeros(Q, T)
-      ) if settings.kept else (),
+      ) if settings.kept else None,
   )
 
 
@@ -433,20 +433,16 @@ def _step(
   if allowed is not None:
     # A row without a task has run out of tokens: it would draw one that no table has, and leave NaN in its ring.
     allowed |= (state.task == Q).reshape(-1, 1)
-  given = (
+  token, logp, kept = decoding.sample_kept(
       logits, keys.uniform(flat(task_keys), t.reshape(-1)), flat(queue.temperature), flat(queue.top_p),
-      flat(queue.top_k), flat(queue.min_p),
+      flat(queue.top_k), flat(queue.min_p), settings.kept, allowed,
   )
-  if settings.kept:
-    token, logp, kept = decoding.sample_kept(*given, settings.kept, allowed)
-  else:
-    (token, logp), kept = decoding.sample(*given, allowed), ()
   followed = [guides.follow(guide, held, token) for guide, held in zip(queue.guides, guided)]
-  token, logp = token.reshape(t.shape), logp.reshape(t.shape)
+  token = token.reshape(t.shape)
 
   # A row without a task has an index behind the end, so its writes are dropped.
   store = jax.vmap(lambda out, task, t, value: out.at[task, t].set(value, mode='drop'))
-  record = lambda out, value: _by_rows(settings, store(out, state.task, t, value.reshape(*t.shape, *value.shape[1:])))
+  record = lambda out, value: _by_rows(settings, store(out, state.task, t, value.reshape(*t.shape, *out.shape[3:])))
   count = jax.vmap(lambda out, task, value: out.at[task].set(value, mode='drop'))
   ends = t + 1 >= _of(queue.limit, state.task)
   for eos in settings.eos_ids:
@@ -461,8 +457,8 @@ def _step(
       slot=jnp.where(ends, sizes.slots, state.slot),
       token=token,
       ring=ring,
-      tokens=_by_rows(settings, store(state.tokens, state.task, t, token)),
-      logp=_by_rows(settings, store(state.logp, state.task, t, logp)),
+      tokens=record(state.tokens, token),
+      logp=record(state.logp, logp),
       length=_by_rows(settings, count(state.length, state.task, t + 1)),
       guided=tuple(held.reshape(t.shape) for held, _ in followed),
       kept=jax.tree.map(record, state.kept, kept),

@@ -32,11 +32,11 @@ import numpy as np
 from spct_jax import sharding
 from spct_jax.models import blockwise, kv_cache
 from spct_jax.models.transformer import Transformer
+from spct_jax.sampling import dealing
 from spct_jax.sampling import suffixes as attention
 
 _PREFILL = 1024  # prompt tokens that go through the model at once, in each group
 _HELD = 16384  # prompt tokens that slots hold, in each group, where rows do not ask for more
-_STEPS = sorted(m << i for m in (1, 3) for i in range(30))
 _SHORTEST = 32  # tokens of a prompt or row as a program takes them
 
 
@@ -111,7 +111,7 @@ class Scorer:
     for index, given, S in self._passes(params, prompts, lengths, prompt_of):
       tokens, real = _filled(index, S, lambda q: suffixes[q])
       ends = np.where(index >= 0, real, 1).astype(np.int32)
-      found = _rewards(*given, *self._put((tokens, ends)))
+      found = _rewards(*given, *dealing.put((tokens, ends), self.mesh))
       out[index[index >= 0]] = sharding.to_host(found).reshape(index.shape)[index >= 0]
       if on_rows is not None:
         on_rows(int((index >= 0).sum()))
@@ -135,7 +135,7 @@ class Scorer:
     """
     self._check('lm', prompts, [branch.tokens for branch in branches], prompt_of)
     lengths = [len(branch.tokens) for branch in branches]
-    number = _step(max(map(len, places), default=1))
+    number = dealing.step(max(map(len, places), default=1))
     depth = max((_depth(branch) for branch in branches), default=0)
     tree = [_tree(branch, depth) for branch in branches]
     table = _padded_sets(sets)
@@ -155,7 +155,7 @@ class Scorer:
           where[g, r, : len(places[q])], state[g, r, : len(places[q])] = np.asarray(places[q]).T
       host = tokens, limit.astype(np.int32), ancestors.astype(np.int32), offset.astype(np.int32), where, state
       heat = np.float32(temperature if temperature > 0 else 1.0)
-      found = sharding.to_host(_masses(*given, *self._put(host), *table, heat, sets.classes))
+      found = sharding.to_host(_masses(*given, *dealing.put(host, self.mesh), *table, heat, sets.classes))
       found = found.reshape(*index.shape, number, sets.classes)
       for place in np.argwhere(index >= 0):
         q = index[tuple(place)]
@@ -179,19 +179,14 @@ class Scorer:
       if len(ids) and not 0 <= min(ids) <= max(ids) < size:
         raise ValueError(f'tokens: got the ids {min(ids)} to {max(ids)}; allowed: 0 to {size - 1}, those of the model.')
 
-  def _put(self, host):
-    where = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    if self.mesh is not None:
-      where = NamedSharding(self.mesh, PartitionSpec(sharding.DATA_AXES))
-    return sharding.to_device(host, where)
-
   def _passes(self, params, prompts, lengths, prompt_of) -> Iterator[tuple]:
     """Prefills and gives, pass by pass: index int[G, R] of rows (-1: padding), what a program takes first, S."""
     if not lengths:
       return
     settings = Settings(self.model, self.mesh)
     G = 1 if self.mesh is None else sharding.data_ways(self.mesh)
-    size, waves = _plan([len(prompt) for prompt in prompts], lengths, prompt_of, self.rows, G)
+    sizes, of = np.asarray([len(prompt) for prompt in prompts]), np.asarray(prompt_of)
+    size, waves = _plan(sizes.tolist(), lengths, prompt_of, self.rows, G)
     cache = _empty(settings, G * size.slots, size.longest)
     for wave in waves:
       for place, chosen, P in wave.fills:
@@ -199,11 +194,11 @@ class Scorer:
         for g, b in np.argwhere(chosen >= 0):
           ids = prompts[chosen[g, b]]
           tokens[g, b, : len(ids)] = ids
-        cache = _prefill(settings, params, cache, *self._put((tokens, place.astype(np.int32))))
+        cache = _prefill(settings, params, cache, *dealing.put((tokens, place.astype(np.int32)), self.mesh))
       for index, slot, S in wave.passes:
-        of = np.asarray(prompt_of)[np.maximum(index, 0)]
-        held = np.where(index >= 0, np.asarray([len(prompt) for prompt in prompts])[of], 0)
-        yield index, (settings, params, cache, *self._put((slot.astype(np.int32), held.astype(np.int32)))), S
+        held = np.where(index >= 0, sizes[of[np.maximum(index, 0)]], 0)
+        seats = dealing.put((slot.astype(np.int32), held.astype(np.int32)), self.mesh)
+        yield index, (settings, params, cache, *seats), S
 
 
 def _filled(index, S, row_of):
@@ -237,14 +232,9 @@ class _Wave:
   passes: list[tuple[np.ndarray, np.ndarray, int]]
 
 
-def _step(number: int) -> int:
-  """The next of 1, 2, 3, 4, 6, 8, 12, ..."""
-  return next(step for step in _STEPS if step >= number)
-
-
 def _tokens(length: int) -> int:
   """How many tokens a program takes for a prompt or row of so many."""
-  return _step(max(length, _SHORTEST))
+  return dealing.step(max(length, _SHORTEST))
 
 
 def _plan(held: list[int], lengths: list[int], prompt_of: Sequence[int], rows: int, G: int):
@@ -258,18 +248,17 @@ def _plan(held: list[int], lengths: list[int], prompt_of: Sequence[int], rows: i
   longest = longest if longest <= block else -(-longest // block) * block
   R = -(-rows // G)
   wanted = max(-(-R * len(order) // len(lengths)), _HELD // longest, 1)
-  slots = _step(min(wanted, -(-len(order) // G)))
+  slots = dealing.step(min(wanted, -(-len(order) // G)))
   waves = []
   for start in range(0, len(order), slots * G):
     here = order[start : start + slots * G]
     dealt = [[] for _ in range(G)]
     for rank, u in enumerate(sorted(here, key=lambda u: -len(rows_of[u]))):
-      turn, at = divmod(rank, G)
-      dealt[G - 1 - at if turn % 2 else at].append(u)  # to and fro, so that no group gets the larger one every time
+      dealt[dealing.to_and_fro(rank, G)[1]].append(u)
     for mine in dealt:
       mine.sort(key=lambda u: (-held[u], u))
     waves.append((dealt, max(sum(len(rows_of[u]) for u in mine) for mine in dealt)))
-  R = min(R, _step(max(most for _, most in waves)))
+  R = min(R, dealing.step(max(most for _, most in waves)))
   size = _Size(slots, longest)
   return size, [_wave(dealt, held, lengths, rows_of, R, size) for dealt, _ in waves]
 
@@ -329,7 +318,7 @@ def _tree(branch: Branch, depth: int):
 def _padded_sets(sets: Sets):
   """(ids, of) with both axes in steps, so that few programs arise."""
   W, I = sets.ids.shape
-  shape = _step(max(W, 1)), _step(max(I, 1))
+  shape = dealing.step(max(W, 1)), dealing.step(max(I, 1))
   ids, of = np.zeros(shape, np.int32), np.full(shape, sets.classes, np.int32)
   ids[:W, :I], of[:W, :I] = sets.ids, sets.of
   return ids, of

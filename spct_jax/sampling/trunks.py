@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from spct_jax.sampling import dealing
 from spct_jax.types import PromptBatch, Tasks
 
 LEAST = 1024  # tokens of the bucket; of shorter ones to read the beginnings costs less than to compile more programs
@@ -98,7 +99,7 @@ def deal(counts: np.ndarray, cut: Cut, G: int) -> Dealt:
   pieces.sort(key=lambda piece: -counts[piece[1]].sum())
   groups = [[] for _ in range(G)]
   for rank, piece in enumerate(pieces):
-    groups[G - 1 - rank % G if rank // G % 2 else rank % G].append(piece)  # to and fro, as whole prompts are dealt
+    groups[dealing.to_and_fro(rank, G)[1]].append(piece)
   room = -(-U // G)
   while room < max(sum(len(members) for _, members in group) for group in groups):
     room *= 2

@@ -47,14 +47,21 @@ class Pieces:
 
   def decode(self, ids) -> bytes:
     """The bytes of a whole text."""
-    out, glued = [], True
+    return self.spans(ids)[0]
+
+  def spans(self, ids) -> tuple[bytes, list[int], list[bool]]:
+    """(the bytes of a whole text; how many of them stand after 0, 1, ... ids; whether a blank before the next piece is
+    swallowed there)."""
+    out, stops, glued = [], [0], [True]
     for index in ids:
-      if self.text[index] is None:
-        continue
-      out += [b' '] if self.spaced[index] and not glued else []
-      out.append(self.text[index])
-      glued = self.glues[index] or (glued and not self.spaced[index] and not self.text[index])
-    return b''.join(out)
+      text, held = self.text[index], glued[-1]
+      if text is not None:
+        text = b' ' * (self.spaced[index] and not held) + text
+        out.append(text)
+        held = self.glues[index] or (held and not self.spaced[index] and not text)
+      stops.append(stops[-1] + len(text or b''))
+      glued.append(held)
+    return b''.join(out), stops, glued
 
 
 @functools.lru_cache(maxsize=8)

@@ -11,8 +11,8 @@ import pytest
 
 from spct_jax import sharding
 from spct_jax.algos import early, voting
+from spct_jax.sampling import dealing, loop
 from spct_jax.sampling import engine as engine_module
-from spct_jax.sampling import loop
 from spct_jax.testing import tiny
 
 pytestmark = pytest.mark.usefixtures('compiled_quickly')
@@ -132,7 +132,7 @@ def run_to_the_end(engine, votes, number_of):
   settings, sizes, weights, root, prompts, queue = given
   state, _ = loop.advance(*given, state, np.int32(1))
   before = jax.tree.map(np.array, (state.task, state.fills))
-  prompts = prompts._replace(number=engine_module._put(number_of(np.asarray(prompts.number)), engine.mesh))
+  prompts = prompts._replace(number=dealing.put(number_of(np.asarray(prompts.number)), engine.mesh))
   state, done = loop.advance(settings, sizes, weights, root, prompts, queue, state, np.int32(10**6))
   return before, state, int(done)
 
